@@ -1,0 +1,325 @@
+"""What every run needs and no paper mentions.
+
+The command line made from a dataclass, one-line refusals, the run folder, atomic checkpoints and exact resume, the
+choice of device and precision, and several processes under torchrun. Nothing here knows what is being trained; a
+method file reads well without opening this one. What it calls:
+
+    config = parse(Config, __doc__, PRESETS)     # the dataclass, filled from the command line
+    run = Run(config, folder)                    # device, precision, processes, folder
+    for step in run.loop(state):                 # bar, checkpoints, Ctrl-C, resume; state: name -> thing with a state_dict
+        with run.autocast(): ...
+        run.update(loss, network, optimizer)     # backward, clipping, step, in the chosen precision
+        run.log(loss=loss)                       # curves and bar; stops at NaN or infinity
+    run.finish(metrics)
+"""
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------- refusals
+
+
+def refuse(message):
+    """Say in one line what was wrong and what would be right, and leave with exit status 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def refusing(what=""):
+    """Around reading what the user named: a ValueError or OSError becomes a refusal, not a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        refuse(what + " ".join(str(error).split()))
+
+
+# ---------------------------------------------------------------------------- the command line
+
+
+def option(default, help, **rules):
+    """A field of a Config. rules: low and high (inclusive limits of a number), choices."""
+    return dataclasses.field(default=default, metadata={"help": help, **rules})
+
+
+def number(kind, low, high):
+    def parse_number(text):
+        value = kind(text)  # a ValueError here is argparse's to report
+        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+            limits = " and ".join(filter(None, [low is not None and f"at least {low}", high is not None and f"at most {high}"]))
+            raise argparse.ArgumentTypeError(f"must be {limits or 'finite'}, not {text}")
+        return value
+    parse_number.__name__ = {int: "whole number", float: "number"}[kind]
+    return parse_number
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        refuse(f"{message} (see --help)")
+
+
+def parse(Config, doc, presets, choose="--preset", argv=None):
+    """The dataclass `Config` filled from the command line: one flag a field, its default, its help. Unknown flags are refused.
+
+    presets: name -> {field: value}; choosing one by the word `choose` (a flag, or the first word of the command line)
+    replaces those defaults, and flags replace the preset's.
+    """
+    argv, name = sys.argv[1:] if argv is None else argv, choose.strip("-")
+    first = OneLineParser(add_help=False, allow_abbrev=False)
+    first.add_argument(choose, choices=list(presets), default=next(iter(presets)))
+    asked_for_help = {"-h", "--help"} & set(argv)
+    chosen = {} if asked_for_help else presets[getattr(first.parse_known_args(argv)[0], name)]
+    parser = OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for field in dataclasses.fields(Config):
+        flag, rules, default = "--" + field.name.replace("_", "-"), field.metadata, chosen.get(field.name, field.default)
+        flag = choose if field.name == name else flag
+        if field.type in (bool, "bool"):
+            parser.add_argument(flag, action="store_true", help=rules["help"])
+            continue
+        kind = {int: int, float: float}.get(field.type, str)
+        parser.add_argument(flag, default=default, choices=rules.get("choices"),
+                            type=number(kind, rules.get("low"), rules.get("high")) if kind is not str else str,
+                            metavar=None if rules.get("choices") else kind.__name__.upper().replace("STR", "TEXT"),
+                            help=f"{rules['help']} [{default if default != '' else 'none'}]".replace("%", "%%"))
+    return Config(**vars(parser.parse_args(argv)))
+
+
+# ---------------------------------------------------------------------------- machine
+
+
+def choose_device(name):
+    """auto | cpu | cuda -> torch.device; under torchrun each process takes its own GPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        refuse("--device cuda: this machine shows no CUDA GPU; use --device cpu or auto")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def choose_amp(name, device):
+    """auto | bf16 | fp16 | off -> torch.bfloat16, torch.float16 or None (float32 throughout).
+
+    auto takes bf16 where the hardware multiplies it natively: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX.
+    """
+    cpu = any(getattr(torch.cpu, f, lambda: False)() for f in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return torch.bfloat16 if cpu else None
+    if name == "fp16" and device.type == "cpu":
+        refuse("--amp fp16 needs a CUDA GPU; on a CPU use --amp bf16, off or auto")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[name]
+
+
+def machine(device=torch.device("cpu")):
+    """One line that says what this ran on, for metrics.json."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    with contextlib.suppress(OSError, IndexError):
+        if device.type == "cpu":
+            name = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    return f"{name}{threads}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def commit():
+    """The commit this code stands at ('+' when files differ from it), or 'unknown' outside a clone."""
+    def git(*words):
+        return subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write_atomically(path, write):
+    """write(temporary path), then move it to `path`: whoever reads `path` sees the old file or the new one, whole."""
+    handle, temporary = tempfile.mkstemp(dir=Path(path).parent, suffix=".tmp")
+    os.close(handle)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(content, indent=2) + "\n"))
+
+
+# ---------------------------------------------------------------------------- a run
+
+OURS = {"config.json", "metrics.json", "samples_before.png", "samples_after.png", "curves.png", "checkpoint.pt",
+        "generator.safetensors", "unlearned.safetensors"}
+MAY_CHANGE = {"steps", "resume", "out", "device", "save_every"}  # between a run and its resumption
+
+
+class Run:
+    """One run: where it writes, what it computes on, how far it is.
+
+    config needs the fields device, amp, seed, out, resume, steps and save_every. Under torchrun every process makes a
+    Run; `rank` 0 alone writes. Leaves with status 2 when the folder is not this run's to write in.
+    """
+
+    def __init__(self, config, folder):
+        self.config, self.folder = config, Path(config.out or folder)
+        self.device = choose_device(config.device)
+        self.dtype = choose_amp(config.amp, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.curves, self.seconds, self.bar = {}, 0.0, None
+        self.settings = {k: v for k, v in dataclasses.asdict(config).items()}
+        if self.rank == 0:
+            self.claim_folder()
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        torch.manual_seed(config.seed * 1_000_003 + self.rank)
+
+    # -- folder
+
+    def claim_folder(self):
+        """Make the folder, or make sure that what lies there may be continued or replaced."""
+        folder, saved = self.folder, self.folder / "config.json"
+        if folder.exists() and not folder.is_dir():
+            refuse(f"--out {folder} is a file; give a folder")
+        there = {p.name for p in folder.iterdir() if not p.name.endswith(".tmp")} if folder.exists() else set()
+        if there - OURS and not saved.exists():
+            refuse(f"{folder} holds files that are not a run's ({sorted(there - OURS)[0]}); give another --out")
+        if self.config.resume and "checkpoint.pt" not in there:
+            refuse(f"--resume: {folder} holds no checkpoint.pt; run without --resume, or name the run's --out")
+        if there:
+            before = json.loads(saved.read_text()) if saved.exists() else {}
+            changed = [k for k, v in self.settings.items() if k not in MAY_CHANGE and before.get(k) != v]
+            if changed and saved.exists():
+                k = changed[0]
+                refuse(f"{folder} holds a run with {k} = {before.get(k)!r}, this one has {self.settings[k]!r}; give another --out")
+            if not self.config.resume and "checkpoint.pt" in there and "metrics.json" not in there:
+                refuse(f"{folder} holds an unfinished run; add --resume to go on with it, or give another --out")
+        with refusing("--out: "):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(saved, self.settings)
+
+    # -- precision and processes
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+    def parallel(self, network):
+        """The network as it is trained: under torchrun, one that averages its gradients over the processes."""
+        if self.world == 1:
+            return network
+        return DistributedDataParallel(network, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def update(self, loss, network, optimizer, clip_value=None):
+        """One optimizer step down `loss`; gradients clipped by value. With fp16 the loss is scaled against underflow,
+        and a step whose scaled gradients overflow is skipped, as usual; otherwise NaN or infinity in them stops the run."""
+        optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(optimizer)
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        if not self.scaler.is_enabled() and not torch.stack(torch._foreach_norm(gradients)).isfinite().all():
+            self.stop(f"the gradient of {type(network).__name__}")
+        if clip_value:
+            torch.nn.utils.clip_grad_value_(network.parameters(), clip_value)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+    # -- the loop
+
+    def loop(self, state, label=""):
+        """Yield the steps still to do, 0 .. config.steps - 1. Between steps: checkpoint every `save_every`, and after
+        Ctrl-C, which saves, prints the command that resumes and leaves with status 130. The last step is always saved."""
+        self.state, path = state, self.folder / "checkpoint.pt"
+        self.step = self.restore(path) if self.config.resume else 0
+        interrupted = []
+        previous = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True) or signal.signal(signal.SIGINT, previous))
+        self.bar = tqdm(total=self.config.steps, initial=self.step, desc=label, disable=self.rank > 0,
+                        mininterval=0.5 if sys.stderr.isatty() else 20)
+        clock = time.perf_counter()
+        while self.step < self.config.steps:
+            yield self.step
+            self.step += 1
+            self.seconds, clock = self.seconds + time.perf_counter() - clock, time.perf_counter()
+            self.bar.update()
+            if interrupted or self.step == self.config.steps or self.step % self.config.save_every == 0:
+                self.save(path)
+            if interrupted:
+                self.bar.close()
+                words = [w for w in sys.argv if w != "--resume"]
+                print(f"\nstopped after step {self.step}; to go on:\n    python {shlex.join(words)} --resume")
+                sys.exit(130)
+        self.bar.close()
+        signal.signal(signal.SIGINT, previous)
+
+    def log(self, **numbers):
+        """Keep this step's numbers for the curves, show them on the bar, and stop at the first that is not finite."""
+        numbers = {k: v.item() if torch.is_tensor(v) else float(v) for k, v in numbers.items()}
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                self.stop(name)
+            self.curves.setdefault(name, []).append(value)
+        self.bar.set_postfix_str("  ".join(f"{k} {v:.4g}" for k, v in numbers.items()), refresh=False)
+
+    def stop(self, name):
+        """NaN and infinity are never passed over: the run ends here, and the last checkpoint stays as it was."""
+        self.bar.close()
+        print(f"{Path(sys.argv[0]).name}: error: {name} is not finite at step {self.step}; the last checkpoint in {self.folder} "
+              "is from before; try a smaller learning rate or --amp off", file=sys.stderr)
+        sys.exit(1)
+
+    # -- checkpoints
+
+    def save(self, path):
+        """All that the next step depends on, in one atomic move: networks, optimizers, EMA, random state of every process."""
+        random = [None] * self.world
+        mine = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None}
+        dist.all_gather_object(random, mine) if self.world > 1 else random.__setitem__(0, mine)
+        if self.rank == 0:
+            content = {"step": self.step, "seconds": self.seconds, "random": random, "curves": self.curves,
+                       "scaler": self.scaler.state_dict(), "state": {k: v.state_dict() for k, v in self.state.items()}}
+            write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+    def restore(self, path):
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            for name, thing in self.state.items():
+                thing.load_state_dict(saved["state"][name])
+            random = saved["random"][self.rank]
+        except Exception as error:  # whatever a damaged or foreign pickle raises
+            refuse(f"--resume: {path} is not a whole checkpoint of this run ({type(error).__name__}: {str(error).splitlines()[0]})")
+        self.scaler.load_state_dict(saved["scaler"])
+        self.curves, self.seconds = saved["curves"], saved["seconds"]
+        torch.set_rng_state(random["cpu"])
+        if random["cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"])
+        return saved["step"]
+
+    def finish(self, metrics):
+        """Write metrics.json with what the numbers were made with and on; leave the group of processes."""
+        if self.rank == 0:
+            command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+            write_json(self.folder / "metrics.json", {**metrics, "command": command, "seed": self.config.seed,
+                       "machine": machine(self.device), "amp": str(self.dtype or torch.float32).removeprefix("torch."),
+                       "processes": self.world, "commit": commit(), "config": self.settings})
+        if self.world > 1:
+            dist.destroy_process_group()

@@ -1,0 +1,343 @@
+"""The network, the noise schedule and the samplers: what every method file stands on.
+
+    from unet import UNet, VPSchedule, load_unet, ddim_sample
+
+    teacher, schedule = load_unet("mnist"), VPSchedule.linear()
+    images = ddim_sample(teacher, schedule, torch.randn(10, 1, 28, 28), torch.arange(10))
+
+Read this file first. It has four parts: the variance-preserving (VP) schedule, the U-Net of Ho, Jain
+and Abbeel ("Denoising Diffusion Probabilistic Models", 2020), the samplers, and weights on disk.
+
+Glossary. Labels (D1) to (D3) are this project's own; they stand on the line of code that does them.
+
+    x0         x_0          a clean image, (B, C, H, W), in [-1, 1]
+    noise      eps          standard Gaussian noise, the shape of x0
+    t          t            a step of the diffusion, 0 (almost clean) to T - 1 = 999 (almost pure noise), (B,)
+    x_t        x_t          the image noised to step t                                        (D1)
+    a, s       a_t, s_t     sqrt(abar_t) and sqrt(1 - abar_t): how much signal, how much noise
+    eps        eps_theta    the network's guess of the noise in x_t; the score is -eps / s_t  (D2)
+    c          c            what the image should show: nothing, or a class label, (B,)
+"""
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+
+
+# ---------------------------------------------------------------------------- the VP schedule
+
+
+class VPSchedule(nn.Module):
+    """How much noise each of the T steps adds. `betas` (T,), each in (0, 1), and `alphas_cumprod` (T,) are buffers."""
+
+    def __init__(self, betas):
+        super().__init__()
+        self.register_buffer("betas", betas.float())
+        self.register_buffer("alphas_cumprod", torch.cumprod(1 - betas.double(), 0).float())  # abar_t
+        self.T = len(betas)
+
+    @classmethod
+    def linear(cls, T=1000, beta_start=1e-4, beta_end=0.02):
+        """The schedule of Ho et al. 2020: beta grows linearly."""
+        return cls(torch.linspace(beta_start, beta_end, T, dtype=torch.float64))
+
+    @classmethod
+    def scaled_linear(cls, T=1000, beta_start=0.00085, beta_end=0.012):
+        """The schedule of Stable Diffusion: the square root of beta grows linearly."""
+        return cls(torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64) ** 2)
+
+    def a(self, t):
+        """Signal level a_t = sqrt(abar_t) of steps t (B,), as (B, 1, 1, 1)."""
+        return rearrange(self.alphas_cumprod[t].sqrt(), "b -> b 1 1 1")
+
+    def s(self, t):
+        """Noise level s_t = sqrt(1 - abar_t) of steps t (B,), as (B, 1, 1, 1)."""
+        return rearrange((1 - self.alphas_cumprod[t]).sqrt(), "b -> b 1 1 1")
+
+    def add_noise(self, x0, noise, t):
+        """The forward process. x0 and noise (B, C, H, W), t (B,) -> x_t (B, C, H, W)."""
+        return self.a(t) * x0 + self.s(t) * noise  # (D1) x_t = a_t x0 + s_t eps
+
+    def score(self, eps, t):
+        """The score, the gradient of log p_t at x_t, from predicted noise eps (B, C, H, W)."""
+        return -eps / self.s(t)  # (D2) score = -eps / s_t
+
+    def predict_x0(self, x_t, eps, t):
+        """Tweedie's formula: the expected clean image. x_t and eps (B, C, H, W), t (B,) -> (B, C, H, W)."""
+        return (x_t - self.s(t) * eps) / self.a(t)  # (D3) x0_hat = (x_t - s_t eps) / a_t
+
+
+# ---------------------------------------------------------------------------- the U-Net
+
+
+def sinusoidal_embedding(t, dim):
+    """Steps t (B,) as sines, then cosines, of geometrically spaced frequencies: (B, dim)."""
+    frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2 - 1))
+    angles = t[:, None].float() * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def zeroed(module):
+    """Start at zero, so that every residual branch, and the network, begins as 'add nothing' (Ho et al. 2020)."""
+    nn.init.zeros_(module.weight)
+    nn.init.zeros_(module.bias)
+    return module
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm, SiLU, conv, + what the embedding says, GroupNorm, SiLU, dropout, conv; all added to the input."""
+
+    def __init__(self, cin, cout, emb_dim, groups, dropout):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, cin, eps=1e-6)
+        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        self.emb_proj = nn.Linear(emb_dim, cout)
+        self.norm2 = nn.GroupNorm(groups, cout, eps=1e-6)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zeroed(nn.Conv2d(cout, cout, 3, padding=1))
+        self.shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.emb_proj(emb)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """Every pixel looks at every other: one head of self-attention, added to the input."""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj_out = zeroed(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x):
+        q, k, v = rearrange(self.qkv(self.norm(x)), "b (n c) h w -> n b 1 (h w) c", n=3)
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, H*W, C)
+        return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+
+
+class Level(nn.Module):
+    """One resolution on the way down or up: residual blocks, attention behind each (or nothing), a change of size."""
+
+    def __init__(self, blocks, attentions, resize):
+        super().__init__()
+        self.blocks, self.attentions = nn.ModuleList(blocks), nn.ModuleList(attentions)
+        self.resize = resize  # a convolution, or None at the last level
+
+
+class UNet(nn.Module):
+    """Predicts the noise in a noised image. Ho et al. 2020; class labels as in the official SFD code.
+
+    image_size     height and width in pixels, divisible by 2 ** (len(multipliers) - 1)
+    channels       width at full resolution; level i is channels * multipliers[i] wide
+    blocks         residual blocks a level (one more on the way up)
+    attention_at   the sizes, in pixels, at which attention follows each block (and always in the middle)
+    num_classes    None: unconditional. Otherwise labels 0 .. num_classes - 1, and `null_label` = num_classes, the
+                   extra row that classifier-free guidance calls "no label"
+    dropout        active in training mode only
+    groups         groups of every GroupNorm; divides every width
+    """
+
+    def __init__(self, *, image_size=32, in_channels=3, channels=128, multipliers=(1, 2, 2, 2), blocks=2,
+                 attention_at=(16,), num_classes=None, dropout=0.1, groups=32):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.image_shape, self.num_classes, self.null_label = (in_channels, image_size, image_size), num_classes, num_classes
+        widths = [channels * m for m in multipliers]
+        last = len(widths) - 1
+        dim = 4 * channels
+
+        self.time_dense = nn.Sequential(nn.Linear(channels, dim), nn.SiLU(), nn.Linear(dim, dim))
+        if num_classes is not None:
+            self.class_embedding = nn.Embedding(num_classes + 1, channels)
+            self.class_dense = nn.Sequential(nn.Linear(channels, dim), nn.SiLU(), nn.Linear(dim, dim))
+            dim = 2 * dim  # each block sees cat[time, class]
+
+        def residual(cin, cout):
+            return ResidualBlock(cin, cout, dim, groups, dropout)
+
+        def attention(width, level):
+            return Attention(width, groups) if image_size >> level in attention_at else nn.Identity()
+
+        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        skips, width = [channels], channels  # the widths that the way up will find on the stack
+        self.down = nn.ModuleList()
+        for level, out in enumerate(widths):
+            residuals = [residual(width if i == 0 else out, out) for i in range(blocks)]
+            resize = nn.Conv2d(out, out, 3, stride=2) if level < last else None
+            self.down.append(Level(residuals, [attention(out, level) for _ in range(blocks)], resize))
+            skips += [out] * (blocks + (level < last))
+            width = out
+
+        self.middle = nn.ModuleList([residual(width, width), Attention(width, groups), residual(width, width)])
+
+        self.up = nn.ModuleList()
+        for level, out in reversed(list(enumerate(widths))):
+            residuals = [residual((width if i == 0 else out) + skips.pop(), out) for i in range(blocks + 1)]
+            resize = nn.Conv2d(out, out, 3, padding=1) if level > 0 else None
+            self.up.append(Level(residuals, [attention(out, level) for _ in range(blocks + 1)], resize))
+            width = out
+
+        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
+        self.conv_out = zeroed(nn.Conv2d(width, in_channels, 3, padding=1))
+
+    def embed(self, t, c):
+        """What every block is told: the time, and the class if there is one. t (B,), c (B,) or None -> (B, D)."""
+        emb = self.time_dense(sinusoidal_embedding(t, self.config["channels"]))
+        if (c is None) != (self.num_classes is None):
+            raise ValueError("this U-Net is unconditional: call it without c" if c is not None else
+                             f"this U-Net is class-conditional: give labels 0..{self.num_classes - 1}, "
+                             f"or {self.null_label} for none")
+        if c is not None:
+            emb = torch.cat([emb, self.class_dense(self.class_embedding(c))], dim=1)
+        return F.silu(emb)
+
+    def forward(self, x, t, c=None):
+        """x (B, C, H, W) noised images, t (B,) integer steps, c (B,) integer labels or None -> noise (B, C, H, W)."""
+        emb = self.embed(t, c)
+        h = self.conv_in(x)
+        skips = [h]
+        for level in self.down:
+            for block, attention in zip(level.blocks, level.attentions):
+                h = attention(block(h, emb))
+                skips.append(h)
+            if level.resize is not None:
+                h = level.resize(F.pad(h, (0, 1, 0, 1)))  # half the size
+                skips.append(h)
+        first, attention, second = self.middle
+        h = second(attention(first(h, emb)), emb)
+        for level in self.up:
+            for block, attention in zip(level.blocks, level.attentions):
+                h = attention(block(torch.cat([h, skips.pop()], dim=1), emb))
+            if level.resize is not None:
+                h = level.resize(F.interpolate(h, scale_factor=2, mode="nearest"))  # twice the size
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+# ---------------------------------------------------------------------------- the samplers
+
+
+def indexed_noise(seed, indices):
+    """A source of noise in which image i's noise depends on (seed, i) alone, whatever the batch around it.
+
+    Returns a function shape -> (len(indices), *shape) on the CPU; each call draws on. Two networks that are given
+    the same source can be compared image by image.
+    """
+    sources = [torch.Generator().manual_seed(seed * 1_000_003 + int(i)) for i in indices]
+    return lambda shape: torch.stack([torch.randn(tuple(shape), generator=source) for source in sources])
+
+
+def guided_noise(unet, x_t, t, c, guidance):
+    """Classifier-free guidance in the convention null + guidance (cond - null): 1 is none at all, and costs one call."""
+    if guidance == 1 or c is None:
+        return unet(x_t, t, c)
+    eps, null = unet(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([c, torch.full_like(c, unet.null_label)])).chunk(2)
+    return null + guidance * (eps - null)
+
+
+@torch.no_grad()
+def ddim_sample(unet, schedule, z, c=None, steps=50, eta=0.0, guidance=1.0, x0_clip=True, noise=None):
+    """Images from noise, by DDIM (Song, Meng, Ermon 2021).
+
+    z (B, C, H, W) standard Gaussian, c (B,) labels or None -> images (B, C, H, W), in [-1, 1] when x0_clip.
+    eta 0 is deterministic; eta 1 at steps = T is the ancestral sampler. steps is 1..T, and the cost in network calls
+    (twice that with guidance). noise: a function shape -> noise, `indexed_noise(...)` for instance; only eta > 0 asks it.
+    """
+    if not 1 <= steps <= schedule.T:
+        raise ValueError(f"steps must be 1..{schedule.T}, not {steps}")
+    noise = noise or (lambda shape: torch.randn(len(z), *shape))
+    stride = schedule.T // steps
+    x = z
+    for i in reversed(range(steps)):
+        t = torch.full((len(z),), i * stride, device=z.device)
+        eps = guided_noise(unet, x, t, c, guidance)
+        x0 = schedule.predict_x0(x, eps, t)  # (D3)
+        if x0_clip:
+            x0 = x0.clamp(-1, 1)
+            eps = (x - schedule.a(t) * x0) / schedule.s(t)  # (D1), solved for the noise that agrees with the clipped x0
+        abar = schedule.alphas_cumprod[i * stride]
+        abar_next = schedule.alphas_cumprod[(i - 1) * stride] if i > 0 else torch.ones_like(abar)
+        sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)).sqrt()
+        x = abar_next.sqrt() * x0 + (1 - abar_next - sigma**2).clamp(min=0).sqrt() * eps
+        if eta > 0 and i > 0:  # the last step adds none
+            x = x + sigma * noise(z.shape[1:]).to(z.device)
+    return x
+
+
+@torch.no_grad()
+def ancestral_sample(unet, schedule, z, c=None, guidance=1.0, x0_clip=True, noise=None):
+    """Images from noise by Ho et al.'s own sampler, one network call for each of the T steps: x_{t-1} ~ q(x_{t-1} | x_t, x0_hat).
+
+    Arguments and result as in `ddim_sample`. The variance is the posterior's ("fixed small").
+    """
+    noise = noise or (lambda shape: torch.randn(len(z), *shape))
+    x = z
+    for i in reversed(range(schedule.T)):
+        t = torch.full((len(z),), i, device=z.device)
+        x0 = schedule.predict_x0(x, guided_noise(unet, x, t, c, guidance), t)  # (D3)
+        x0 = x0.clamp(-1, 1) if x0_clip else x0
+        beta, abar = schedule.betas[i], schedule.alphas_cumprod[i]
+        abar_next = schedule.alphas_cumprod[i - 1] if i > 0 else torch.ones_like(abar)
+        mean = (abar_next.sqrt() * beta * x0 + (1 - beta).sqrt() * (1 - abar_next) * x) / (1 - abar)
+        variance = beta * (1 - abar_next) / (1 - abar)
+        x = mean if i == 0 else mean + variance.sqrt() * noise(z.shape[1:]).to(z.device)
+    return x
+
+
+# ---------------------------------------------------------------------------- weights on disk
+
+
+def save_unet(unet, path, **card):
+    """Write `unet` to `path` as safetensors, in one move, so that no reader ever sees half a file.
+
+    The metadata holds the configuration (what `load_unet` builds the network from) and the card: any facts that
+    JSON can hold, such as command, data, steps and scores.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"config": json.dumps(unet.config), "card": json.dumps(card)}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    os.close(handle)
+    save_file({k: v.detach().cpu().contiguous() for k, v in unet.state_dict().items()}, temporary, metadata)
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+
+
+def load_unet(source):
+    """A U-Net in evaluation mode, on the CPU. source: a shipped name ("mnist") or the path of a .safetensors file.
+
+    Raises FileNotFoundError when there is no such name or file, ValueError when the file is not one of ours, is
+    damaged, or does not fit its own configuration. The card comes along as `unet.card`.
+    """
+    path = Path(source) if str(source).endswith(".safetensors") else WEIGHTS / f"{source}.safetensors"
+    if not path.is_file():
+        shipped = ", ".join(sorted(p.stem for p in WEIGHTS.glob("*.safetensors"))) or "none"
+        raise FileNotFoundError(f"no weights {str(source)!r}: give a .safetensors file, or one of the shipped names ({shipped})")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no readable safetensors file ({error})") from None
+    if "config" not in metadata:
+        raise ValueError(f"{path} is not a minUnlearn U-Net: its metadata names no configuration")
+    try:
+        unet = UNet(**json.loads(metadata["config"]))
+        unet.load_state_dict(tensors)
+    except (TypeError, RuntimeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} does not hold the U-Net that its configuration names: {str(error).splitlines()[0]}") from None
+    unet.card = json.loads(metadata.get("card", "{}"))
+    return unet.eval()
