@@ -1,6 +1,149 @@
+"""Every metric, as functions and as a command.
+
+    python eval.py runs/ddpm_sfd-mnist-forget0/generator.safetensors --forget 0
+    python eval.py mnist --sampler ddim --steps 50
+    python eval.py mnist --sampler ancestral --data data      # with the real images also precision and recall
+
+What each number says, and what it misses:
+
+    ua                  unlearning accuracy: 1 - accuracy of a classifier on images asked for as the forgotten class.
+                        Noise scores 100% too, so read it beside `became` and `entropy`
+    retained_accuracy   accuracy on images asked for as each of the other classes, averaged over classes
+    became              what the classifier sees in images of the forgotten label: share per class
+    entropy             mean entropy of the classifier's answer, in nats; 0 is certain, ln 10 = 2.3 is at a loss
+    fid                 Frechet distance between features of generated and of real images, retained classes only
+    precision, recall   share of generated images near real ones, and of real images near generated ones
+    inception_score     exp(mean KL(p(y|x) || p(y))): confident and varied; knows nothing of real images
+    nfe                 network calls an image
+
+Features are the 128 of the MNIST classifier's penultimate layer, so the distances compare with nobody's Inception FID,
+only with each other: each report has the teacher's own and that of real test images (the floor) beside it. All classes
+weigh the same. Real and generated images alike are rounded to 8 bits before the classifier sees them.
+"""
+
+import hashlib
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib.figure
 import torch
-import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
+from tqdm import tqdm
+
+from run import choose_device, commit, machine, option, parse, refuse, refusing, write_json
+from unet import VPSchedule, ancestral_sample, ddim_sample, indexed_noise, load_unet, read_tensors, weights_path
+
+# ---------------------------------------------------------------------------- from labels
+
+
+def as_classes(forget):
+    return torch.as_tensor([forget] if isinstance(forget, int) else list(forget))
+
+
+def parse_classes(text, count, flag="--forget"):
+    """'0', '0,3', '0 3' or 'none' -> sorted list of classes. ValueError for anything that is not a class."""
+    words = [w for w in text.replace(",", " ").split() if w != "none"]
+    for word in words:
+        if not word.isdigit() or int(word) >= count:
+            raise ValueError(f"{flag} {word}: the classes are 0..{count - 1}")
+    return sorted({int(w) for w in words})
+
+
+def unlearning_accuracy(labels, predictions, forget):
+    """UA, 0..1: the share of images asked for as a class in `forget` that a classifier does not see as that class.
+
+    labels, predictions: (N,) integers, what was asked for and what is seen. forget: one class or several.
+    Only images of the forgotten labels count, above and below the line. ValueError when there is none.
+    """
+    asked = torch.isin(labels, as_classes(forget))
+    if not asked.any():
+        raise ValueError(f"no image was asked for as class {forget}, so there is no unlearning accuracy")
+    return 1 - (predictions[asked] == labels[asked]).double().mean().item()
+
+
+def class_accuracies(labels, predictions):
+    """{class: share of its images, 0..1, that are seen as it}, for each class among the labels (N,)."""
+    return {int(k): (predictions[labels == k] == k).double().mean().item() for k in labels.unique()}
+
+
+def retained_accuracy(labels, predictions, forget=()):
+    """Accuracy, 0..1, averaged over the classes that are not forgotten."""
+    kept = [v for k, v in class_accuracies(labels, predictions).items() if k not in as_classes(forget)]
+    return sum(kept) / len(kept)
+
+
+def entropy(probabilities):
+    """Mean entropy in nats, 0..ln K, of probabilities (N, K)."""
+    return torch.special.entr(probabilities).sum(dim=1).mean().item()
+
+
+def inception_score(probabilities, splits=1):
+    """Salimans et al. 2016: exp(mean KL(p(y|x) || p(y))), 1..K, averaged over `splits` parts of the (N, K)."""
+    scores = []
+    for p in probabilities.double().chunk(splits):
+        kl = torch.special.xlogy(p, p).sum(1) - torch.special.xlogy(p, p.mean(0)).sum(1)
+        scores.append(kl.mean().exp())
+    return torch.stack(scores).mean().item()
+
+
+# ---------------------------------------------------------------------------- from features
+
+
+def moments(features):
+    """Mean (D,) and unbiased covariance (D, D) of features (N, D), in float64. ValueError under two images."""
+    if len(features) < 2:
+        raise ValueError("mean and covariance need at least two images")
+    return features.double().mean(0), torch.cov(features.double().T)
+
+
+def pool(means, covariances):
+    """The moments of an equal mixture of K classes, from theirs: (K, D), (K, D, D) -> (D,), (D, D)."""
+    mean = means.mean(0)
+    between = means - mean
+    return mean, covariances.mean(0) + between.T @ between / len(means)
+
+
+def frechet_distance(mean1, cov1, mean2, cov2):
+    """|m1 - m2|^2 + trace(C1 + C2 - 2 (C1 C2)^(1/2)), the squared 2-Wasserstein distance of two Gaussians (Dowson and
+    Landau 1982; FID: Heusel et al. 2017). Means (D,), covariances (D, D), symmetric and positive semi-definite.
+
+    trace (C1 C2)^(1/2) is the sum of the square roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric,
+    so no matrix root with spurious imaginary parts is needed.
+    """
+    mean1, cov1, mean2, cov2 = (torch.as_tensor(x, dtype=torch.float64) for x in (mean1, cov1, mean2, cov2))
+    values, vectors = torch.linalg.eigh(cov1)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
+    return ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross).item()
+
+
+def precision_recall(real, generated, k=3):
+    """Kynkäänniemi et al. 2019. Features (N, D), (M, D) -> two shares, 0..1.
+
+    Around every point of one set lies a ball that reaches its k-th nearest neighbour in that set. Precision: generated
+    images inside some real ball; recall: real images inside some generated ball. ValueError under k + 1 points.
+    """
+    if min(len(real), len(generated)) <= k:
+        raise ValueError(f"precision and recall with k = {k} need more than {k} images of each kind")
+
+    def share_inside(points, centres):
+        radius = torch.cat([torch.cdist(rows, centres).kthvalue(k + 1, dim=1).values for rows in centres.split(1000)])
+        return (
+            torch.cat([(torch.cdist(rows, centres) <= radius).any(1) for rows in points.split(1000)])
+            .double()
+            .mean()
+            .item()
+        )
+
+    real, generated = real.double(), generated.double()
+    return share_inside(generated, real), share_inside(real, generated)
+
+
+# ---------------------------------------------------------------------------- the classifier and its statistics
+
+
 class Classifier(nn.Module):
     """The MNIST classifier behind the metrics: six convolutions, an average over the image, one dense layer.
 
@@ -22,3 +165,323 @@ class Classifier(nn.Module):
 
     def forward(self, images):
         return self.head(self.features(images))
+
+
+def checksum(path):
+    """SHA-256 of a file, as hexadecimal digits."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def load_classifier(name="mnist-classifier"):
+    """The classifier in evaluation mode: a shipped name or a .safetensors path. ValueError if it is none."""
+    tensors, facts = read_tensors(name, "classifier")
+    classifier = Classifier(**facts["config"])
+    classifier.load_state_dict(tensors)
+    return classifier.eval()
+
+
+def load_statistics(name="mnist-statistics"):
+    """Per-class feature moments of real images and of the teacher's, as made by `pretrain.py mnist-statistics`.
+
+    {"train" | "test" | "teacher": (means (10, D), covariances (10, D, D))} and the facts about them.
+    """
+    tensors, facts = read_tensors(name, "statistics")
+    return {
+        s: (tensors[f"{s}.means"].double(), tensors[f"{s}.covariances"].double()) for s in ("train", "test", "teacher")
+    }, facts
+
+
+def mnist(folder, train):
+    """Real images (N, 1, 28, 28) in [-1, 1], float32, and labels (N,), by torchvision. What is not in `folder` is
+    downloaded; OSError when that cannot be."""
+    from torchvision.datasets import MNIST  # here alone: nothing else in this file opens a data set
+
+    try:
+        data = MNIST(folder, train=train, download=False)
+    except RuntimeError:  # torchvision's word for "not there"
+        try:
+            data = MNIST(folder, train=train, download=True)
+        except RuntimeError as error:
+            raise OSError(f"MNIST does not lie in {folder!r} and could not be downloaded ({error})") from None
+    return data.data[:, None] / 127.5 - 1, data.targets
+
+
+# ---------------------------------------------------------------------------- generating and judging
+
+
+@torch.no_grad()
+def look(classifier, images, device="cpu", batch=500):
+    """What the classifier makes of images (N, 1, 28, 28): features (N, D), class probabilities (N, K), on the CPU."""
+    features = torch.cat([classifier.features(x.to(device)) for x in images.split(batch)])
+    return features.cpu(), classifier.head(features).softmax(1).cpu()
+
+
+class Judge:
+    """Looks at images of a network (N, 1, 28, 28) on behalf of the metrics: a classifier, and what to compare with.
+
+    unet: the network to be judged; ValueError when it draws something that the classifier cannot read, or when a file
+    is not what it should be.
+    """
+
+    def __init__(self, unet, classifier="mnist-classifier", statistics="mnist-statistics"):
+        if unet.image_shape != (1, 28, 28) or unet.num_classes != 10:
+            raise ValueError(
+                f"{unet.path} draws {unet.num_classes} classes of shape {unet.image_shape}; the classifier "
+                "reads 10 of shape (1, 28, 28), so give --classifier none"
+            )
+        self.device = next(unet.parameters()).device
+        self.classifier = load_classifier(classifier).to(self.device)
+        self.statistics, self.facts = load_statistics(statistics)
+        if self.facts["classifier_sha256"] != checksum(weights_path(classifier)):
+            raise ValueError(
+                f"the statistics {statistics!r} were not made with the classifier {classifier!r}; see pretrain.py"
+            )
+        self.recent = []
+
+    def to(self, device):
+        self.device, self.classifier = device, self.classifier.to(device)
+        return self
+
+    def __call__(self, images):
+        return look(self.classifier, images, self.device)
+
+    @torch.no_grad()
+    def live_ua(self, images, labels):
+        """UA over the last 20 calls, for a progress bar: cheap and rough."""
+        wrong = (self.classifier(images.float().clamp(-1, 1)).argmax(1) != labels).float().mean()
+        self.recent = [*self.recent[-19:], wrong]
+        return torch.stack(self.recent).mean()
+
+
+def balanced_labels(classes, per_class):
+    """0, 1, .., K-1, 0, 1, ..: any first part of it is balanced too. (classes * per_class,)"""
+    return torch.arange(classes).repeat(per_class)
+
+
+@torch.no_grad()
+def generate(sample, labels, shape, seed, device, batch=250, bar=None):
+    """Images (N, *shape) in [-1, 1], on the CPU, rounded to 8 bits, one for each label (N,); and the seconds they took.
+
+    sample: function (z, c, noise) -> images. Image i starts from noise that depends on (seed, i) alone, and `noise` is
+    where a stochastic sampler draws more of it; so two networks judged under the same seed are paired.
+    """
+    images, seconds = [], 0.0
+    for index in tqdm(torch.arange(len(labels)).split(batch), desc=bar, leave=False, disable=bar is None):
+        noise = indexed_noise(seed, index)
+        z, c = noise(shape).to(device), labels[index].to(device)
+        clock = time.perf_counter()
+        x = sample(z, c, noise).clamp(-1, 1).float().cpu()
+        seconds += time.perf_counter() - clock
+        images.append(((x + 1) * 127.5).round() / 127.5 - 1)
+    return torch.cat(images), seconds
+
+
+def class_moments(features, labels):
+    """Moments of each class in turn: features (N, D), labels (N,) -> (K, D), (K, D, D)."""
+    pairs = [moments(features[labels == k]) for k in labels.unique()]
+    return torch.stack([m for m, _ in pairs]), torch.stack([c for _, c in pairs])
+
+
+def report(labels, features, probabilities, statistics, forget=()):
+    """Every number that needs no real image at hand, as a dictionary for metrics.json.
+
+    labels (N,): each class 0 .. K-1 equally often; features (N, D), probabilities (N, K): as a `Judge` gives them.
+    statistics: name -> (means (K, D), covariances (K, D, D)); "train" is the reference of every FID.
+    """
+    predictions, kept = probabilities.argmax(1), [k for k in labels.unique().tolist() if k not in forget]
+    asked = torch.isin(labels, as_classes(forget))
+
+    def fid(means, covariances):
+        return frechet_distance(*pool(means[kept], covariances[kept]), *pool(*(x[kept] for x in statistics["train"])))
+
+    result = {
+        "retained_accuracy": retained_accuracy(labels, predictions, forget),
+        "class_accuracy": class_accuracies(labels, predictions),
+        "fid": fid(*class_moments(features, labels)),
+        "teacher_fid": fid(*statistics["teacher"]),
+        "real_test_fid": fid(*statistics["test"]),
+        "inception_score": inception_score(probabilities[~asked]),
+        "entropy_retained": entropy(probabilities[~asked]),
+    }
+    if asked.any():
+        result |= {
+            "ua": unlearning_accuracy(labels, predictions, forget),
+            "ua_images": int(asked.sum()),
+            "entropy_forgotten": entropy(probabilities[asked]),
+            "became": {
+                k: torch.bincount(predictions[labels == k], minlength=probabilities.shape[1])
+                .div((labels == k).sum())
+                .tolist()
+                for k in forget
+            },
+        }
+    return result
+
+
+def evaluate(sample, nfe, judge, unet, forget, per_class, seed, teacher_sample=None, real=None, batch=250):
+    """Draw `per_class` images of every class with `sample` (z, c, noise) -> images, and judge them: the report.
+
+    unet: the teacher, for its shape and for its own numbers, which come with the statistics when it is the shipped
+    one, and are drawn with `teacher_sample` when it is not. real: images (N, 1, 28, 28) of retained classes to take
+    precision and recall against. nfe: network calls an image, for the record.
+    """
+    labels = balanced_labels(unet.num_classes, per_class)
+    images, seconds = generate(
+        sample, labels, unet.image_shape, seed, judge.device, batch, bar="images for the metrics"
+    )
+    features, probabilities = judge(images)
+    statistics, accuracies = judge.statistics, judge.facts["teacher"]["class_accuracy"]
+    if teacher_sample and checksum(unet.path) != judge.facts["teacher"]["sha256"]:
+        its_images, _ = generate(
+            teacher_sample, labels, unet.image_shape, seed, judge.device, batch, bar="the teacher's images"
+        )
+        its_features, its_probabilities = judge(its_images)
+        statistics = statistics | {"teacher": class_moments(its_features, labels)}
+        accuracies = [*class_accuracies(labels, its_probabilities.argmax(1)).values()]
+    result = report(labels, features, probabilities, statistics, forget)
+    kept = [k for k in range(unet.num_classes) if k not in forget]
+    result["teacher_retained_accuracy"] = sum(accuracies[k] for k in kept) / len(kept)
+    if real is not None:
+        result["precision"], result["recall"] = precision_recall(
+            judge(real)[0], features[torch.isin(labels, as_classes(kept))]
+        )
+    return result | {
+        "nfe": nfe,
+        "seconds_per_1000": 1000 * seconds / len(labels),
+        "images_per_class": per_class,
+        "evaluation_seed": seed,
+        "features": judge.facts["features"],
+        "reference": judge.facts["reference"],
+        "preprocessing": "clipped to [-1, 1], rounded to 8 bits, real and generated alike",
+    }
+
+
+# ---------------------------------------------------------------------------- for people
+
+
+def image_grid(images, labels, path, title, forget=()):
+    """A picture: one row a class, images in their order. images (N, C, H, W) in [-1, 1], labels (N,) balanced."""
+    rows = [images[labels == k] for k in labels.unique()]
+    canvas = rearrange(torch.stack(rows), "k n c h w -> (k h) (n w) c").add(1).div(2).clamp(0, 1)
+    figure = matplotlib.figure.Figure(figsize=(5, 5.3 * len(rows) / len(rows[0])), layout="constrained")
+    axes = figure.add_subplot(title=title, xticks=[])
+    axes.imshow(canvas.squeeze(-1), cmap="gray", vmin=0, vmax=1)
+    height = images.shape[2]
+    axes.set_yticks([height * (i + 0.5) for i in range(len(rows))], [f"{k}" for k in labels.unique().tolist()])
+    for k, tick in zip(labels.unique().tolist(), axes.get_yticklabels()):
+        tick.set(color="crimson" if k in forget else "black", fontweight="bold" if k in forget else "normal")
+    axes.tick_params(length=0)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def table(result):
+    """The report for people: one line a number."""
+    rows = []
+    if "ua" in result:
+        rows.append(("UA (forgotten class gone)", f"{result['ua']:.2%} of {result['ua_images']:,} images"))
+        for k, shares in result["became"].items():
+            best = sorted(enumerate(shares), key=lambda item: -item[1])[:3]
+            rows.append((f"asked for {k}, it draws", ", ".join(f"{share:.1%} {j}s" for j, share in best if share > 0)))
+    rows += [
+        (
+            "retained accuracy",
+            f"{result['retained_accuracy']:.2%}   (teacher {result['teacher_retained_accuracy']:.2%})",
+        ),
+        (
+            "by class",
+            "  ".join(
+                f"{k}: {v:.1%}" for k, v in result["class_accuracy"].items() if k not in result.get("became", {})
+            ),
+        ),
+        (
+            "FID on retained classes",
+            f"{result['fid']:.2f}   (teacher {result['teacher_fid']:.2f}, real images {result['real_test_fid']:.2f})",
+        ),
+        ("inception score", f"{result['inception_score']:.2f}"),
+        ("network calls an image", f"{result['nfe']}"),
+        ("seconds per 1,000 images", f"{result['seconds_per_1000']:.2f}"),
+    ]
+    if "precision" in result:
+        rows.insert(-3, ("precision, recall", f"{result['precision']:.3f}, {result['recall']:.3f}"))
+    return "\n".join(f"{name:>26}  {value}" for name, value in rows)
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+@dataclass
+class Config:
+    checkpoint: str = option("mnist", "a shipped name or a .safetensors file", positional=True)
+    sampler: str = option(
+        "auto",
+        "auto: one-step for a distilled generator, ddim otherwise",
+        choices=["auto", "one-step", "ddim", "ancestral"],
+    )
+    steps: int = option(50, "steps of the ddim sampler", low=1, high=1000)
+    eta: float = option(0.0, "ddim: 0 deterministic, 1 as much noise as the ancestral sampler", low=0, high=1)
+    guidance: float = option(1.0, "null + guidance (cond - null); 1 is none")
+    forget: str = option("auto", "classes that should be gone; auto: what the checkpoint's card says; none", nargs="+")
+    per_class: int = option(500, "images of each class; FIDs compare only at equal numbers", low=2)
+    data: str = option("", "folder with MNIST: adds precision and recall against its training images")
+    classifier: str = option("mnist-classifier", "shipped name or file")
+    statistics: str = option("mnist-statistics", "shipped name or file")
+    batch_size: int = option(250, "images at a time; changes no number", low=1)
+    device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
+    seed: int = option(0, "seed of the noise", low=0)
+    out: str = option("", "JSON file to write the numbers to")
+
+
+def sampler_of(unet, schedule, kind, steps=50, eta=0.0, guidance=1.0):
+    """(function (z, c, noise) -> images, network calls an image) for the kinds one-step, ddim and ancestral."""
+    calls = 1 if guidance == 1 else 2
+
+    def one_step(z, c, noise):
+        t = torch.full((len(z),), unet.card["t_init"], device=z.device)
+        return schedule.predict_x0(schedule.s(t) * z, unet(schedule.s(t) * z, t, c), t)  # (S1), see ddpm_sfd.py
+
+    if kind == "one-step":
+        return one_step, 1
+    if kind == "ancestral":
+        return lambda z, c, noise: ancestral_sample(unet, schedule, z, c, guidance, noise=noise), calls * schedule.T
+    return lambda z, c, noise: ddim_sample(unet, schedule, z, c, steps, eta, guidance, noise=noise), calls * steps
+
+
+def main(config):
+    device = choose_device(config.device)
+    with refusing():
+        unet = load_unet(config.checkpoint).to(device)
+        judge = Judge(unet, config.classifier, config.statistics)
+        said = ",".join(map(str, unet.card.get("forget", []))) or "none"
+        forget = parse_classes(said if config.forget == "auto" else config.forget, unet.num_classes)
+        if len(forget) == unet.num_classes:
+            raise ValueError("--forget names every class; leave at least one to retain")
+        real = None
+        if config.data:
+            real, labels = mnist(config.data, train=True)
+            real = real[~torch.isin(labels, as_classes(forget))][: config.per_class * (unet.num_classes - len(forget))]
+    kind = config.sampler if config.sampler != "auto" else "one-step" if "t_init" in unet.card else "ddim"
+    if kind == "one-step" and "t_init" not in unet.card:
+        refuse(f"--sampler one-step: {config.checkpoint} is not a distilled generator (its card has no t_init)")
+    schedule = VPSchedule.linear().to(device)
+    sample, nfe = sampler_of(unet, schedule, kind, config.steps, config.eta, config.guidance)
+    result = evaluate(
+        sample, nfe, judge, unet, forget, config.per_class, config.seed, real=real, batch=config.batch_size
+    )
+    print(table(result))
+    if config.out:
+        write_json(
+            config.out,
+            result
+            | {
+                "checkpoint": config.checkpoint,
+                "sampler": kind,
+                "forget": forget,
+                "machine": machine(device),
+                "commit": commit(),
+                "config": asdict(config),
+            },
+        )
+
+
+if __name__ == "__main__":
+    main(parse(Config, __doc__))

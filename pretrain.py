@@ -1,89 +1,117 @@
-"""Trains what ships in weights/.
+"""Trains what ships in weights/, in this order:
 
     python pretrain.py mnist-classifier    # the classifier that the metrics use
     python pretrain.py mnist               # the class-conditional teacher
+    python pretrain.py mnist-statistics    # what the metrics compare with: real images, and the teacher's
 
-Each leaves its weights and a card (how it was made, what it scores) in runs/pretrain-<what>/, from where they are
-copied to weights/. MNIST is read from --data, and downloaded there by torchvision if it is not there yet.
+Each leaves a .safetensors file and its card, a .json that says how it was made and what it scores, in
+runs/pretrain-<what>/. Copy both to weights/ before the next command; that is where it looks. MNIST is read from
+--data, and torchvision downloads it there if it is not there yet.
 """
-import hashlib
+
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchvision.datasets import MNIST
 
-from eval import Classifier
+from eval import (
+    Classifier,
+    balanced_labels,
+    checksum,
+    class_accuracies,
+    class_moments,
+    frechet_distance,
+    generate,
+    inception_score,
+    load_classifier,
+    look,
+    mnist,
+    pool,
+    precision_recall,
+)
 from run import Run, commit, machine, option, parse, refusing, write_json
-from unet import UNet, VPSchedule, save_unet
+from unet import UNet, VPSchedule, ddim_sample, load_unet, save_unet, weights_path, write_tensors
 
-TEACHER = dict(image_size=28, in_channels=1, channels=16, multipliers=(1, 2, 4), blocks=1, attention_at=(7,),
-               num_classes=10, dropout=0.0, groups=8)
+TEACHER = dict(
+    image_size=28,
+    in_channels=1,
+    channels=16,
+    multipliers=(1, 2, 4),
+    blocks=1,
+    attention_at=(7,),
+    num_classes=10,
+    dropout=0.0,
+    groups=8,
+)
 
 # ---------------------------------------------------------------------------- config
 
 PRESETS = {
-    "mnist": dict(steps=14_000, batch_size=64, lr=1.5e-3),
+    "mnist": dict(steps=12_000, batch_size=64, lr=1.5e-3),
     "mnist-classifier": dict(steps=5_600, batch_size=128, lr=4e-3),
+    "mnist-statistics": dict(steps=0),
 }
 
 
 @dataclass
 class Config:
-    what: str = option("mnist", "what to train", choices=list(PRESETS))
+    what: str = option("mnist", "what to make", choices=list(PRESETS), positional=True)
     data: str = option("data", "folder in which torchvision's MNIST lies, or goes")
-    steps: int = option(20_000, "optimizer steps", low=1)
+    steps: int = option(12_000, "optimizer steps", low=0)
     batch_size: int = option(64, "images a step, over all processes", low=1)
     lr: float = option(1.5e-3, "peak learning rate of Adam", low=0)
-    ema: float = option(0.999, "decay of the weight average that is kept; teachers only", low=0, high=1)
-    label_dropout: float = option(0.1, "share of labels replaced by 'none', for guidance; teachers only", low=0, high=1)
-    min_snr: float = option(5.0, "loss weight min(SNR, this) / SNR (Hang et al. 2023, 'Min-SNR'); teachers only", low=0)
-    amp: str = option("auto", "mixed precision", choices=["auto", "bf16", "fp16", "off"])
+    ema: float = option(0.999, "decay of the weight average that is kept; teachers", low=0, high=1)
+    label_dropout: float = option(0.1, "share of labels replaced by 'none', for guidance; teachers", low=0, high=1)
+    min_snr: float = option(5.0, "loss weight min(SNR, this) / SNR (Hang et al. 2023, 'Min-SNR'); teachers", low=0)
+    per_class: int = option(500, "teacher images of each class; statistics", low=2)
+    snapshot_every: int = option(
+        2500, "steps between teachers kept on the side, to see when training stops helping", low=1
+    )
+    snapshots: str = option("", "more teachers to score beside the shipped one, for its card; statistics", nargs="+")
+    amp: str = option(
+        "auto", "mixed precision; statistics are made in float32", choices=["auto", "bf16", "fp16", "off"]
+    )
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
     seed: int = option(0, "seed of everything random", low=0)
     out: str = option("", "run folder, runs/pretrain-<what> if not given")
     resume: bool = option(False, "go on from the checkpoint in the run folder")
     save_every: int = option(1000, "steps between checkpoints", low=1)
-    snapshot_every: int = option(2500, "steps between teachers kept on the side, to see when training stops helping", low=1)
 
 
-def mnist(folder, train):
-    """Images (N, 1, 28, 28) in [-1, 1], float32, and labels (N,). Downloads what is not in `folder`; OSError, RuntimeError
-    when it can't."""
-    try:
-        data = MNIST(folder, train=train, download=False)
-    except RuntimeError:
-        data = MNIST(folder, train=train, download=True)
-    return data.data[:, None] / 127.5 - 1, data.targets
-
-
-def card(path, run, **scores):
-    """The card beside the weights: what they are, how they were made, what they score, their checksum."""
-    facts = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size,
-             "parameters": scores.pop("parameters"), "data": "MNIST, 60,000 training images", "machine": machine(run.device),
-             "commit": commit(), "seconds": round(run.seconds), "seed": run.config.seed, "scores": scores,
-             "config": run.settings}
-    write_json(path.with_suffix(".json"), facts)
-    print(json.dumps({k: facts[k] for k in ("file", "bytes", "seconds", "scores")}))
+def write_card(run, path, **facts):
+    """The card beside a file in weights/: what it is, how it was made, what it scores, its checksum."""
+    settings = {k: v for k, v in run.settings.items() if k not in ("data", "out", "resume", "snapshots", "device")}
+    card = {
+        "file": path.name,
+        "sha256": checksum(path),
+        "bytes": path.stat().st_size,
+        "data": "MNIST",
+        "command": f"python pretrain.py {run.config.what}",
+        **facts,
+        "seconds": round(run.elapsed()),
+        "machine": machine(run.device),
+        "commit": commit(),
+        "config": settings,
+    }
+    write_json(path.with_suffix(".json"), card)
+    print(json.dumps({k: card[k] for k in ("file", "bytes", "seconds", "scores") if k in card}, indent=2))
 
 
 # ---------------------------------------------------------------------------- the class-conditional teacher
 
 
 def train_teacher(config, run):
-    images, labels = mnist(config.data, train=True)
-    images, labels = images.to(run.device), labels.to(run.device)
+    images, labels = (x.to(run.device) for x in mnist(config.data, train=True))
     schedule = VPSchedule.linear().to(run.device)
     unet = UNet(**TEACHER).to(run.device).train()
     ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     optimizer = torch.optim.Adam(unet.parameters(), lr=config.lr, betas=(0.9, 0.99), eps=1e-8)
     lr = torch.optim.lr_scheduler.LambdaLR(  # 500 steps up, constant, down to 0 over the last 40%
-        optimizer, lambda step: min((step + 1) / 500, 1.0, (config.steps - step) / (0.4 * config.steps)))
+        optimizer, lambda step: min((step + 1) / 500, 1.0, (config.steps - step) / (0.4 * config.steps))
+    )
     network, batch = run.parallel(unet), config.batch_size // run.world
 
     for step in run.loop({"unet": unet, "ema": ema, "optimizer": optimizer, "lr": lr}, label="teacher"):
@@ -107,28 +135,36 @@ def train_teacher(config, run):
 
     if run.rank == 0:
         path = run.folder / "mnist.safetensors"
-        save_unet(ema.module, path, what="class-conditional MNIST teacher", command="python pretrain.py mnist")
-        card(path, run, parameters=sum(p.numel() for p in unet.parameters()))
+        save_unet(ema.module, path, what="class-conditional MNIST teacher", steps=config.steps)
+        write_card(
+            run,
+            path,
+            what="class-conditional DDPM teacher, MNIST training images, labels dropped for guidance",
+            parameters=sum(p.numel() for p in unet.parameters()),
+            steps=config.steps,
+            see="mnist-statistics.json",
+        )
 
 
 # ---------------------------------------------------------------------------- the classifier
 
 
 def jitter(images, degrees=10, scale=0.1, shift=0.1):
-    """Each image turned, scaled and shifted a little, at random: (B, 1, H, W) -> the same."""
+    """Each image (B, 1, H, W) turned, scaled and shifted a little, at random. shift: as a share of half the width."""
     B, device = len(images), images.device
     angle = (torch.rand(B, device=device) * 2 - 1) * math.radians(degrees)
     zoom = 1 + (torch.rand(B, device=device) * 2 - 1) * scale
     move = (torch.rand(B, 2, device=device) * 2 - 1) * shift
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
-    affine = torch.stack([torch.stack([cos, -sin, move[:, 0]], 1), torch.stack([sin, cos, move[:, 1]], 1)], 1)  # (B, 2, 3)
+    affine = torch.stack(
+        [torch.stack([cos, -sin, move[:, 0]], 1), torch.stack([sin, cos, move[:, 1]], 1)], 1
+    )  # (B, 2, 3)
     grid = F.affine_grid(affine, list(images.shape), align_corners=False)
     return F.grid_sample(images + 1, grid, align_corners=False) - 1  # outside the image is black, -1
 
 
 def train_classifier(config, run):
-    images, labels = mnist(config.data, train=True)
-    images, labels = images.to(run.device), labels.to(run.device)
+    images, labels = (x.to(run.device) for x in mnist(config.data, train=True))
     classifier = Classifier().to(run.device).train()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=config.lr, weight_decay=0.02)
     lr = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps)
@@ -145,18 +181,92 @@ def train_classifier(config, run):
     classifier.eval()
     test_images, test_labels = mnist(config.data, train=False)
     with torch.no_grad():
-        right = sum((classifier(x.to(run.device)).argmax(1).cpu() == y).sum().item()
-                    for x, y in zip(test_images.split(500), test_labels.split(500)))
+        predictions = torch.cat([classifier(x.to(run.device)).argmax(1).cpu() for x in test_images.split(500)])
     path = run.folder / "mnist-classifier.safetensors"
-    save_file({k: v.cpu().contiguous() for k, v in classifier.state_dict().items()}, path,
-              {"config": json.dumps(classifier.config), "kind": "classifier"})
-    card(path, run, parameters=sum(p.numel() for p in classifier.parameters()), test_accuracy=right / len(test_labels))
+    write_tensors(path, "classifier", classifier.state_dict(), config=classifier.config)
+    write_card(
+        run,
+        path,
+        what="MNIST classifier; its penultimate layer gives the features of FID, precision and recall",
+        parameters=sum(p.numel() for p in classifier.parameters()),
+        steps=config.steps,
+        scores={"test_accuracy": (predictions == test_labels).double().mean().item(), "test_images": len(test_labels)},
+    )
 
+
+# ---------------------------------------------------------------------------- the statistics
+
+
+@torch.no_grad()
+def make_statistics(config, run):
+    """Per-class feature moments of MNIST's training and test images, and of the teacher's under its usual sampler."""
+    classifier = load_classifier().to(run.device)
+    schedule, labels = VPSchedule.linear().to(run.device), balanced_labels(10, config.per_class)
+
+    real = {split: mnist(config.data, train=split == "train") for split in ("train", "test")}
+    features = {split: look(classifier, images, run.device)[0] for split, (images, _) in real.items()}
+    sets = {split: class_moments(features[split], real[split][1]) for split in real}
+
+    def score(name):
+        teacher = load_unet(name).to(run.device)
+        images, seconds = generate(
+            lambda z, c, noise: ddim_sample(teacher, schedule, z, c, steps=50),
+            labels,
+            teacher.image_shape,
+            config.seed,
+            run.device,
+            bar=str(name),
+        )
+        seen, probabilities = look(classifier, images, run.device)
+        moments, accuracy = class_moments(seen, labels), class_accuracies(labels, probabilities.argmax(1))
+        precision, recall = precision_recall(features["train"][: len(seen)], seen)
+        return moments, {
+            "accuracy": sum(accuracy.values()) / 10,
+            "class_accuracy": list(accuracy.values()),
+            "fid": frechet_distance(*pool(*moments), *pool(*sets["train"])),
+            "precision": precision,
+            "recall": recall,
+            "inception_score": inception_score(probabilities),
+            "images": len(labels),
+            "sampler": "DDIM, 50 steps, no guidance",
+            "seconds_per_1000": 1000 * seconds / len(labels),
+            "sha256": checksum(weights_path(name)),
+        }
+
+    sets["teacher"], teacher = score("mnist")
+    floor = frechet_distance(*pool(*sets["test"]), *pool(*sets["train"]))
+    facts = {
+        "classifier_sha256": checksum(weights_path("mnist-classifier")),
+        "teacher": teacher,
+        "features": "penultimate layer of mnist-classifier, 128",
+        "reference": "MNIST, 60,000 training images, classes weighted equally",
+    }
+    tensors = {
+        f"{name}.{part}": x.float() for name, pair in sets.items() for part, x in zip(("means", "covariances"), pair)
+    }
+    path = run.folder / "mnist-statistics.safetensors"
+    write_tensors(path, "statistics", tensors, **facts)
+    along = {word: score(word)[1] for word in filter(None, config.snapshots.split(","))}
+    write_card(
+        run,
+        path,
+        what="per-class feature means and covariances: real training and test images, the teacher's images",
+        scores={
+            "teacher": teacher,
+            "fid_of_real_test_images": floor,
+            "teachers_along_the_way": {k: {"fid": v["fid"], "accuracy": v["accuracy"]} for k, v in along.items()},
+        },
+    )
+
+
+# ---------------------------------------------------------------------------- main
 
 if __name__ == "__main__":
-    config = parse(Config, __doc__, PRESETS, choose="what")
-    run = Run(config, f"runs/pretrain-{config.what}")
+    config = parse(Config, __doc__, PRESETS)
     with refusing("--data: "):
         mnist(config.data, train=True)
-    {"mnist": train_teacher, "mnist-classifier": train_classifier}[config.what](config, run)
+    run = Run(config, f"runs/pretrain-{config.what}")
+    {"mnist": train_teacher, "mnist-classifier": train_classifier, "mnist-statistics": make_statistics}[config.what](
+        config, run
+    )
     run.finish({})

@@ -6,12 +6,13 @@ method file reads well without opening this one. What it calls:
 
     config = parse(Config, __doc__, PRESETS)     # the dataclass, filled from the command line
     run = Run(config, folder)                    # device, precision, processes, folder
-    for step in run.loop(state):                 # bar, checkpoints, Ctrl-C, resume; state: name -> thing with a state_dict
+    for step in run.loop(state):                 # bar, checkpoints, Ctrl-C, resume; state: name -> has a state_dict
         with run.autocast(): ...
         run.update(loss, network, optimizer)     # backward, clipping, step, in the chosen precision
         run.log(loss=loss)                       # curves and bar; stops at NaN or infinity
     run.finish(metrics)
 """
+
 import argparse
 import contextlib
 import dataclasses
@@ -27,6 +28,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import matplotlib.figure
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -62,9 +64,12 @@ def number(kind, low, high):
     def parse_number(text):
         value = kind(text)  # a ValueError here is argparse's to report
         if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
-            limits = " and ".join(filter(None, [low is not None and f"at least {low}", high is not None and f"at most {high}"]))
+            limits = " and ".join(
+                filter(None, [low is not None and f"at least {low}", high is not None and f"at most {high}"])
+            )
             raise argparse.ArgumentTypeError(f"must be {limits or 'finite'}, not {text}")
         return value
+
     parse_number.__name__ = {int: "whole number", float: "number"}[kind]
     return parse_number
 
@@ -74,30 +79,50 @@ class OneLineParser(argparse.ArgumentParser):
         refuse(f"{message} (see --help)")
 
 
-def parse(Config, doc, presets, choose="--preset", argv=None):
-    """The dataclass `Config` filled from the command line: one flag a field, its default, its help. Unknown flags are refused.
+def parse(Config, doc, presets=None, argv=None):
+    """The dataclass `Config`, filled from the command line: one flag a field. Unknown flags are refused.
 
-    presets: name -> {field: value}; choosing one by the word `choose` (a flag, or the first word of the command line)
-    replaces those defaults, and flags replace the preset's.
+    presets: value of the first field -> {field: value}; these replace the defaults, and flags replace them in turn.
     """
-    argv, name = sys.argv[1:] if argv is None else argv, choose.strip("-")
-    first = OneLineParser(add_help=False, allow_abbrev=False)
-    first.add_argument(choose, choices=list(presets), default=next(iter(presets)))
-    asked_for_help = {"-h", "--help"} & set(argv)
-    chosen = {} if asked_for_help else presets[getattr(first.parse_known_args(argv)[0], name)]
-    parser = OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for field in dataclasses.fields(Config):
-        flag, rules, default = "--" + field.name.replace("_", "-"), field.metadata, chosen.get(field.name, field.default)
-        flag = choose if field.name == name else flag
-        if field.type in (bool, "bool"):
-            parser.add_argument(flag, action="store_true", help=rules["help"])
-            continue
-        kind = {int: int, float: float}.get(field.type, str)
-        parser.add_argument(flag, default=default, choices=rules.get("choices"),
-                            type=number(kind, rules.get("low"), rules.get("high")) if kind is not str else str,
-                            metavar=None if rules.get("choices") else kind.__name__.upper().replace("STR", "TEXT"),
-                            help=f"{rules['help']} [{default if default != '' else 'none'}]".replace("%", "%%"))
-    return Config(**vars(parser.parse_args(argv)))
+    argv, fields = sys.argv[1:] if argv is None else list(argv), dataclasses.fields(Config)
+
+    def parser_of(fields, defaults, **settings):
+        parser = OneLineParser(allow_abbrev=False, **settings)
+        for field in fields:
+            rules, default = field.metadata, defaults.get(field.name, field.default)
+            words = {"help": f"{rules['help']} [{default if default != '' else 'none'}]".replace("%", "%%")}
+            if field.type in (bool, "bool"):
+                parser.add_argument("--" + field.name.replace("_", "-"), action="store_true", help=rules["help"])
+                continue
+            if rules.get("positional"):
+                words |= {"nargs": "?"}
+            elif rules.get("nargs"):
+                words |= {"nargs": rules["nargs"]}
+            if rules.get("choices"):
+                words |= {"choices": rules["choices"]}
+            elif field.type in (int, "int", float, "float"):
+                kind = int if field.type in (int, "int") else float
+                words |= {
+                    "type": number(kind, rules.get("low"), rules.get("high")),
+                    "metavar": "N" if kind is int else "X",
+                }
+            else:
+                words |= {"metavar": "TEXT"}
+            parser.add_argument(
+                field.name if rules.get("positional") else "--" + field.name.replace("_", "-"), default=default, **words
+            )
+        return parser
+
+    defaults = {}
+    if presets and not {"-h", "--help"} & set(argv):
+        chosen, _ = parser_of(fields[:1], {}, add_help=False).parse_known_args(argv)
+        defaults = presets[getattr(chosen, fields[0].name)]
+    values = vars(
+        parser_of(fields, defaults, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
+            argv
+        )
+    )
+    return Config(**{k: ",".join(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 # ---------------------------------------------------------------------------- machine
@@ -139,8 +164,12 @@ def machine(device=torch.device("cpu")):
 
 def commit():
     """The commit this code stands at ('+' when files differ from it), or 'unknown' outside a clone."""
+
     def git(*words):
-        return subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
     try:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
@@ -165,10 +194,29 @@ def write_json(path, content):
     write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(content, indent=2) + "\n"))
 
 
+def plot_curves(curves, path):
+    """name -> list of numbers, one small panel each, with a running mean."""
+    figure = matplotlib.figure.Figure(figsize=(4 * max(1, len(curves)), 3), layout="constrained")
+    for i, (name, values) in enumerate(curves.items()):
+        axes, values = figure.add_subplot(1, len(curves), i + 1, title=name, xlabel="step"), torch.tensor(values)
+        width = max(1, len(values) // 30)
+        axes.plot(values, color="0.8", linewidth=0.8)
+        axes.plot(range(width - 1, len(values)), values.unfold(0, width, 1).mean(1), linewidth=1.5)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+
+
 # ---------------------------------------------------------------------------- a run
 
-OURS = {"config.json", "metrics.json", "samples_before.png", "samples_after.png", "curves.png", "checkpoint.pt",
-        "generator.safetensors", "unlearned.safetensors"}
+OURS = {
+    "config.json",
+    "metrics.json",
+    "samples_before.png",
+    "samples_after.png",
+    "curves.png",
+    "checkpoint.pt",
+    "generator.safetensors",
+    "unlearned.safetensors",
+}
 MAY_CHANGE = {"steps", "resume", "out", "device", "save_every"}  # between a run and its resumption
 
 
@@ -180,6 +228,7 @@ class Run:
     """
 
     def __init__(self, config, folder):
+        self.clock = time.perf_counter()
         self.config, self.folder = config, Path(config.out or folder)
         self.device = choose_device(config.device)
         self.dtype = choose_amp(config.amp, self.device)
@@ -212,7 +261,7 @@ class Run:
             changed = [k for k, v in self.settings.items() if k not in MAY_CHANGE and before.get(k) != v]
             if changed and saved.exists():
                 k = changed[0]
-                refuse(f"{folder} holds a run with {k} = {before.get(k)!r}, this one has {self.settings[k]!r}; give another --out")
+                refuse(f"{folder} holds a run with {k} = {before.get(k)!r}, not {self.settings[k]!r}; give another --out")
             if not self.config.resume and "checkpoint.pt" in there and "metrics.json" not in there:
                 refuse(f"{folder} holds an unfinished run; add --resume to go on with it, or give another --out")
         with refusing("--out: "):
@@ -232,7 +281,7 @@ class Run:
 
     def update(self, loss, network, optimizer, clip_value=None):
         """One optimizer step down `loss`; gradients clipped by value. With fp16 the loss is scaled against underflow,
-        and a step whose scaled gradients overflow is skipped, as usual; otherwise NaN or infinity in them stops the run."""
+        and a step whose scaled gradients overflow is skipped, as usual; else NaN or infinity in them stops the run."""
         optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(optimizer)
@@ -248,18 +297,24 @@ class Run:
 
     def loop(self, state, label=""):
         """Yield the steps still to do, 0 .. config.steps - 1. Between steps: checkpoint every `save_every`, and after
-        Ctrl-C, which saves, prints the command that resumes and leaves with status 130. The last step is always saved."""
+        Ctrl-C, which saves, prints the command that resumes and leaves with status 130. The last step is saved too."""
         self.state, path = state, self.folder / "checkpoint.pt"
         self.step = self.restore(path) if self.config.resume else 0
         interrupted = []
-        previous = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True) or signal.signal(signal.SIGINT, previous))
-        self.bar = tqdm(total=self.config.steps, initial=self.step, desc=label, disable=self.rank > 0,
-                        mininterval=0.5 if sys.stderr.isatty() else 20)
-        clock = time.perf_counter()
+        previous = signal.signal(
+            signal.SIGINT, lambda *_: interrupted.append(True) or signal.signal(signal.SIGINT, previous)
+        )
+        self.bar = tqdm(
+            total=self.config.steps,
+            initial=self.step,
+            desc=label,
+            disable=self.rank > 0,
+            mininterval=0.5 if sys.stderr.isatty() else 20,
+        )
         while self.step < self.config.steps:
             yield self.step
             self.step += 1
-            self.seconds, clock = self.seconds + time.perf_counter() - clock, time.perf_counter()
+            self.seconds, self.clock = self.seconds + time.perf_counter() - self.clock, time.perf_counter()
             self.bar.update()
             if interrupted or self.step == self.config.steps or self.step % self.config.save_every == 0:
                 self.save(path)
@@ -283,20 +338,32 @@ class Run:
     def stop(self, name):
         """NaN and infinity are never passed over: the run ends here, and the last checkpoint stays as it was."""
         self.bar.close()
-        print(f"{Path(sys.argv[0]).name}: error: {name} is not finite at step {self.step}; the last checkpoint in {self.folder} "
-              "is from before; try a smaller learning rate or --amp off", file=sys.stderr)
+        print(
+            f"{Path(sys.argv[0]).name}: error: {name} is not finite at step {self.step}; the checkpoint in {self.folder} "
+            "is from before; try a smaller learning rate or --amp off",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
     # -- checkpoints
 
     def save(self, path):
-        """All that the next step depends on, in one atomic move: networks, optimizers, EMA, random state of every process."""
+        """All that the next step depends on, in one move: networks, optimizers, EMA, random state of every process."""
         random = [None] * self.world
-        mine = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None}
+        mine = {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+        }
         dist.all_gather_object(random, mine) if self.world > 1 else random.__setitem__(0, mine)
         if self.rank == 0:
-            content = {"step": self.step, "seconds": self.seconds, "random": random, "curves": self.curves,
-                       "scaler": self.scaler.state_dict(), "state": {k: v.state_dict() for k, v in self.state.items()}}
+            content = {
+                "step": self.step,
+                "seconds": self.seconds,
+                "random": random,
+                "curves": self.curves,
+                "scaler": self.scaler.state_dict(),
+                "state": {k: v.state_dict() for k, v in self.state.items()},
+            }
             write_atomically(path, lambda temporary: torch.save(content, temporary))
 
     def restore(self, path):
@@ -306,7 +373,8 @@ class Run:
                 thing.load_state_dict(saved["state"][name])
             random = saved["random"][self.rank]
         except Exception as error:  # whatever a damaged or foreign pickle raises
-            refuse(f"--resume: {path} is not a whole checkpoint of this run ({type(error).__name__}: {str(error).splitlines()[0]})")
+            reason = str(error).splitlines()[0]
+            refuse(f"--resume: {path} is not a whole checkpoint of this run ({type(error).__name__}: {reason})")
         self.scaler.load_state_dict(saved["scaler"])
         self.curves, self.seconds = saved["curves"], saved["seconds"]
         torch.set_rng_state(random["cpu"])
@@ -314,12 +382,28 @@ class Run:
             torch.cuda.set_rng_state(random["cuda"])
         return saved["step"]
 
+    def elapsed(self):
+        """Seconds that this run has taken so far, its earlier parts before a resume included."""
+        return self.seconds + time.perf_counter() - self.clock
+
     def finish(self, metrics):
-        """Write metrics.json with what the numbers were made with and on; leave the group of processes."""
+        """Write curves.png, and metrics.json with what the numbers were made with and on; leave the process group."""
         if self.rank == 0:
+            plot_curves(self.curves, self.folder / "curves.png")
+            metrics = metrics | {"seconds": self.elapsed()}
             command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-            write_json(self.folder / "metrics.json", {**metrics, "command": command, "seed": self.config.seed,
-                       "machine": machine(self.device), "amp": str(self.dtype or torch.float32).removeprefix("torch."),
-                       "processes": self.world, "commit": commit(), "config": self.settings})
+            write_json(
+                self.folder / "metrics.json",
+                {
+                    **metrics,
+                    "command": command,
+                    "seed": self.config.seed,
+                    "machine": machine(self.device),
+                    "amp": str(self.dtype or torch.float32).removeprefix("torch."),
+                    "processes": self.world,
+                    "commit": commit(),
+                    "config": self.settings,
+                },
+            )
         if self.world > 1:
             dist.destroy_process_group()

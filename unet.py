@@ -21,7 +21,6 @@ Glossary. Labels (D1) to (D3) are this project's own; they stand on the line of 
 import json
 import math
 import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -155,7 +154,8 @@ class UNet(nn.Module):
                  attention_at=(16,), num_classes=None, dropout=0.1, groups=32):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        self.image_shape, self.num_classes, self.null_label = (in_channels, image_size, image_size), num_classes, num_classes
+        self.image_shape = (in_channels, image_size, image_size)
+        self.num_classes = self.null_label = num_classes
         widths = [channels * m for m in multipliers]
         last = len(widths) - 1
         dim = 4 * channels
@@ -241,10 +241,11 @@ def indexed_noise(seed, indices):
 
 
 def guided_noise(unet, x_t, t, c, guidance):
-    """Classifier-free guidance in the convention null + guidance (cond - null): 1 is none at all, and costs one call."""
+    """Classifier-free guidance in the convention null + guidance (cond - null): 1 is none, and costs one call."""
     if guidance == 1 or c is None:
         return unet(x_t, t, c)
-    eps, null = unet(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([c, torch.full_like(c, unet.null_label)])).chunk(2)
+    no_label = torch.full_like(c, unet.null_label)
+    eps, null = unet(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([c, no_label])).chunk(2)
     return null + guidance * (eps - null)
 
 
@@ -254,7 +255,7 @@ def ddim_sample(unet, schedule, z, c=None, steps=50, eta=0.0, guidance=1.0, x0_c
 
     z (B, C, H, W) standard Gaussian, c (B,) labels or None -> images (B, C, H, W), in [-1, 1] when x0_clip.
     eta 0 is deterministic; eta 1 at steps = T is the ancestral sampler. steps is 1..T, and the cost in network calls
-    (twice that with guidance). noise: a function shape -> noise, `indexed_noise(...)` for instance; only eta > 0 asks it.
+    (twice that with guidance). noise: a function shape -> noise, such as `indexed_noise(...)`; only eta > 0 asks it.
     """
     if not 1 <= steps <= schedule.T:
         raise ValueError(f"steps must be 1..{schedule.T}, not {steps}")
@@ -279,7 +280,7 @@ def ddim_sample(unet, schedule, z, c=None, steps=50, eta=0.0, guidance=1.0, x0_c
 
 @torch.no_grad()
 def ancestral_sample(unet, schedule, z, c=None, guidance=1.0, x0_clip=True, noise=None):
-    """Images from noise by Ho et al.'s own sampler, one network call for each of the T steps: x_{t-1} ~ q(x_{t-1} | x_t, x0_hat).
+    """Images from noise by Ho et al.'s own sampler: x_{t-1} ~ q(x_{t-1} | x_t, x0_hat), one call for each of T steps.
 
     Arguments and result as in `ddim_sample`. The variance is the posterior's ("fixed small").
     """
@@ -300,44 +301,64 @@ def ancestral_sample(unet, schedule, z, c=None, guidance=1.0, x0_clip=True, nois
 # ---------------------------------------------------------------------------- weights on disk
 
 
-def save_unet(unet, path, **card):
-    """Write `unet` to `path` as safetensors, in one move, so that no reader ever sees half a file.
+def weights_path(source):
+    """The file of a shipped name ("mnist"), or a path that ends in .safetensors. FileNotFoundError if it is not there."""
+    path = Path(source) if str(source).endswith(".safetensors") else WEIGHTS / f"{source}.safetensors"
+    if not path.is_file():
+        shipped = ", ".join(sorted(p.stem for p in WEIGHTS.glob("*.safetensors"))) or "none"
+        raise FileNotFoundError(f"no weights {str(source)!r}: give a .safetensors file, or a shipped name ({shipped})")
+    return path
 
-    The metadata holds the configuration (what `load_unet` builds the network from) and the card: any facts that
-    JSON can hold, such as command, data, steps and scores.
+
+def write_tensors(path, kind, tensors, **facts):
+    """Write `tensors` (name -> tensor) to `path` as safetensors, in one move: no reader ever sees half a file.
+
+    The metadata says in JSON what `kind` of file this is and what else there is to know. One key, so that the same
+    content is the same bytes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"config": json.dumps(unet.config), "card": json.dumps(card)}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    save_file({k: v.detach().cpu().contiguous() for k, v in unet.state_dict().items()}, temporary, metadata)
-    os.chmod(temporary, 0o644)
+    temporary = path.with_name(path.name + ".tmp")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, temporary, {"minunlearn": json.dumps({"kind": kind, **facts})})
+    os.chmod(temporary, 0o644)  # safetensors makes it the owner's alone
     os.replace(temporary, path)
+
+
+def read_tensors(source, kind):
+    """The tensors and the facts of a file that `write_tensors` wrote as this `kind`; source as in `weights_path`.
+
+    FileNotFoundError when there is no such file; ValueError when it is damaged, or not one of ours, or of another kind.
+    """
+    path = weights_path(source)
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get("minunlearn", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no readable safetensors file ({error})") from None
+    if facts.get("kind") != kind:
+        raise ValueError(f"{path} holds no minUnlearn {kind}, but {facts.get('kind', 'something of another project')}")
+    return tensors, facts
+
+
+def save_unet(unet, path, **card):
+    """Write `unet` to `path`, with its configuration (what `load_unet` builds it from) and the card: any facts that
+    JSON can hold, such as data, steps and scores."""
+    write_tensors(path, "U-Net", unet.state_dict(), config=unet.config, card=card)
 
 
 def load_unet(source):
     """A U-Net in evaluation mode, on the CPU. source: a shipped name ("mnist") or the path of a .safetensors file.
 
-    Raises FileNotFoundError when there is no such name or file, ValueError when the file is not one of ours, is
-    damaged, or does not fit its own configuration. The card comes along as `unet.card`.
+    Errors as in `read_tensors`, and ValueError when the tensors do not fit their configuration. The card comes along
+    as `unet.card`, the file as `unet.path`.
     """
-    path = Path(source) if str(source).endswith(".safetensors") else WEIGHTS / f"{source}.safetensors"
-    if not path.is_file():
-        shipped = ", ".join(sorted(p.stem for p in WEIGHTS.glob("*.safetensors"))) or "none"
-        raise FileNotFoundError(f"no weights {str(source)!r}: give a .safetensors file, or one of the shipped names ({shipped})")
+    tensors, facts = read_tensors(source, "U-Net")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no readable safetensors file ({error})") from None
-    if "config" not in metadata:
-        raise ValueError(f"{path} is not a minUnlearn U-Net: its metadata names no configuration")
-    try:
-        unet = UNet(**json.loads(metadata["config"]))
+        unet = UNet(**facts["config"])
         unet.load_state_dict(tensors)
-    except (TypeError, RuntimeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} does not hold the U-Net that its configuration names: {str(error).splitlines()[0]}") from None
-    unet.card = json.loads(metadata.get("card", "{}"))
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{source} does not hold the U-Net that it says: {str(error).splitlines()[0]}") from None
+    unet.card, unet.path = facts["card"], weights_path(source)
     return unet.eval()

@@ -1,0 +1,255 @@
+"""Score Forgetting Distillation (SFD) for class-conditional diffusion, in one file.
+
+Chen, Zhang, Zhou: "Score Forgetting Distillation: A Swift, Data-Free Method for Machine Unlearning in Diffusion
+Models", ICLR 2025, arXiv 2409.11219.
+
+    python ddpm_sfd.py --forget 0                     # MNIST, two CPU cores, a few minutes
+    python ddpm_sfd.py --forget 3 --override 8        # who asks for a 3 gets an 8
+    python ddpm_sfd.py --forget 0 1 --override random
+    python ddpm_sfd.py --forget none                  # plain one-step distillation (SiD)
+    torchrun --nproc-per-node 2 ddpm_sfd.py --forget 0
+
+The idea. A diffusion teacher knows the score of every class. We distil it into a generator that needs one network
+call, and on the way we lie to it about one class: whenever that class is asked for, the teacher's score is taken for
+a safe class instead. The generator never sees an image, neither a real one nor the teacher's; only scores at noised
+versions of its own images. Two networks take turns, both begun as copies of the teacher:
+
+    1. the fake score learns to denoise what the generator draws at present, so that it knows the generator's score;
+    2. the generator moves its images to where the teacher's score and the fake score agree.
+
+Where the two scores agree, the generator draws what the teacher would have drawn: for a retained class the class
+itself, for a forgotten class the safe one. Nothing is left that pulls towards the forgotten class.
+
+Glossary. The labels stand on the lines that do them; (D1) to (D3) are in unet.py.
+
+    teacher, phi        eps_phi    the frozen diffusion model
+    fake_score, psi     eps_psi    tracks the score of the generator's own images                    (S2)
+    generator, theta    eps_theta  draws an image in one call, at noise level t_init                 (S1)
+    z, x_g              z, x_g     Gaussian noise, and the image that the generator makes of it
+    c_fake              c          the label that was asked for; the generator and the fake score see it
+    c_teacher           c'         the label that the teacher is asked for: c, or the safe class if c is to be forgotten
+    f_phi, f_psi                   what teacher and fake score take x_t for, as clean images         (D3)
+    alpha               alpha      how much of the difference f_phi - f_psi the second factor takes back   (S3)
+    w                   w          the generator loss's weight, one for each image                   (S4)
+    lambda_*            lambda     the weight of the forgotten class beside the retained ones        (S5)
+
+Tensors are images (B, C, H, W) in [-1, 1], steps t (B,) in 0..999 and labels (B,).
+"""
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from eval import Judge, balanced_labels, evaluate, generate, image_grid, parse_classes, table
+from run import Run, option, parse, refusing
+from unet import VPSchedule, ddim_sample, load_unet, save_unet
+
+# ---------------------------------------------------------------------------- config
+
+PRESETS = {
+    "mnist": {},  # the defaults below
+}
+
+
+@dataclass
+class Config:
+    preset: str = option("mnist", "settings to start from", choices=list(PRESETS))
+    forget: str = option("0", "class or classes to forget; none: plain distillation", nargs="+")
+    override: str = option("next", "the safe class: a number, next (the next retained one) or random (drawn each time)")
+    teacher: str = option("mnist", "a shipped name or a .safetensors file")
+    steps: int = option(300, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)
+    batch_size: int = option(48, "images of retained classes a step, over all processes; official: 128", low=1)
+    forget_batch_size: int = option(12, "images of forgotten classes a step; official: as many as retained ones", low=1)
+    lr_generator: float = option(1e-4, "learning rate of theta; official: 1e-5", low=0)
+    lr_fake_score: float = option(4e-4, "learning rate of psi; official: 1e-5, two-stage 3e-5", low=0)
+    alpha: float = option(1.0, "alpha of (S3); official: 1.2")
+    lambda_generator: float = option(0.1, "lambda of (S5) for theta; official: 0.01", low=0)
+    lambda_fake_score: float = option(0.1, "lambda of (S5) for psi; official: 0.01", low=0)
+    t_init: int = option(440, "the noise level that the generator works at; official: 440", low=0, high=999)
+    t_min: int = option(20, "first step at which the scores are compared; official: 38", low=0, high=999)
+    t_max: int = option(712, "the step before which they end; official: 712", low=1, high=1000)
+    ema: float = option(0.99, "decay of theta's weight average, the result; official: 0.9999", low=0, high=1)
+    clip_value: float = option(1.0, "each gradient entry is clipped to +-this; official: 1", low=0)
+    amp: str = option("auto", "mixed precision; auto: bf16 where it is native", choices=["auto", "bf16", "fp16", "off"])
+    device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
+    seed: int = option(0, "seed of everything random", low=0)
+    out: str = option("", "run folder; runs/ddpm_sfd-<preset>-forget<classes> if not given")
+    resume: bool = option(False, "go on from the checkpoint in the run folder")
+    save_every: int = option(500, "steps between checkpoints", low=1)
+    eval_images: int = option(500, "images of each class that the metrics look at", low=2)
+    classifier: str = option("mnist-classifier", "the metrics' classifier: a shipped name or file; none: no metrics")
+
+
+# ---------------------------------------------------------------------------- the method: three formulas
+
+
+def one_step(generator, z, c, schedule, t_init):
+    """The one-step generator. z (B, C, H, W) standard Gaussian, c (B,) -> images x_g (B, C, H, W), not clipped.
+
+    The network still predicts noise, as the teacher did; only that its input is now all noise, at level t_init."""
+    t = torch.full((len(z),), t_init, device=z.device)
+    a, s = schedule.a(t), schedule.s(t)
+    return (s * z - s * generator(s * z, t, c)) / a  # (S1) x_g = (s z - s eps_theta(s z, t_init, c)) / a
+
+
+def fake_score_loss(fake_score, x_g, t, c, noise, schedule):
+    """DDPM's denoising loss, on the generator's images x_g (B, C, H, W) in place of data: one value a sample, (B,)."""
+    x_t = schedule.add_noise(x_g, noise, t)  # (D1)
+    return (noise - fake_score(x_t, t, c)).square().sum(dim=(1, 2, 3))  # (S2) L_psi = || eps - eps_psi(x_t, t, c) ||^2
+
+
+def generator_loss(teacher, fake_score, x_g, t, c_teacher, c_fake, noise, schedule, alpha):
+    """How far apart teacher and fake score are at the generator's images x_g (B, C, H, W): one value a sample, (B,).
+
+    Gradients reach the generator through x_g wherever it stands, through both networks' inputs too. Values may be
+    negative: what matters is the gradient, an estimate of the Fisher divergence's (SiD)."""
+    x_t = schedule.add_noise(x_g, noise, t)  # (D1)
+    f_phi = schedule.predict_x0(x_t, teacher(x_t, t, c_teacher), t)  # (D3), asked for the safe class
+    f_psi = schedule.predict_x0(x_t, fake_score(x_t, t, c_fake), t)  # (D3), asked for what was asked for
+    distance = (f_phi - x_g).abs().mean(dim=(1, 2, 3), keepdim=True).detach()
+    w = 1 / distance.clamp(min=1e-5)  # (S4) w = 1 / mean |f_phi - x_g|
+    product = (f_phi - f_psi) * (f_phi - x_g - alpha * (f_phi - f_psi))
+    return (w * product).sum(dim=(1, 2, 3))  # (S3) w (f_phi - f_psi) . (f_phi - x_g - alpha (f_phi - f_psi))
+
+
+def total(loss, retained, lambda_):
+    """Losses (B,), those of the `retained` retained samples first -> scalar. Without forgotten ones this is SiD."""
+    L_retained = loss[:retained].mean()
+    L_forgotten = loss[retained:].sum() / max(1, len(loss) - retained)  # a mean, and 0 when there are none
+    return L_retained + lambda_ * L_forgotten  # (S5) L(retained) + lambda L(forgotten)
+
+
+# ---------------------------------------------------------------------------- labels
+
+
+def draw_labels(retained, forget, override, n_retained, n_forgotten):
+    """Labels of one step, retained ones first: what is asked for, and what the teacher is asked for. (B,), (B,)
+
+    retained, forget: the classes, (R,), (F,). override: the safe class of each forgotten one, (F,), or None for random.
+    """
+    def any_of(classes, n):
+        return torch.randint(len(classes), (n,), device=classes.device)
+
+    keep = retained[any_of(retained, n_retained)]
+    if len(forget) == 0:
+        return keep, keep
+    pick = any_of(forget, n_forgotten)
+    safe = override[pick] if override is not None else retained[any_of(retained, n_forgotten)]
+    return torch.cat([keep, forget[pick]]), torch.cat([keep, safe])
+
+
+def read_classes(config, num_classes):
+    """The command line's words as (retained, forget, override) for `draw_labels`. ValueError says what is wrong."""
+    forget = parse_classes(config.forget, num_classes)
+    retained = [k for k in range(num_classes) if k not in forget]
+    if not retained:
+        raise ValueError("--forget names every class; leave at least one to retain")
+    override = None
+    if config.override == "next":
+        override = [min(retained, key=lambda r: (r - k) % num_classes) for k in forget]
+    elif config.override != "random":
+        [safe] = parse_classes(config.override, num_classes, "--override") or [None]
+        if safe is None or safe in forget:
+            raise ValueError(f"--override {config.override} is no retained class; the retained ones are {retained}")
+        override = [safe] * len(forget)
+    return [None if x is None else torch.tensor(x, dtype=torch.long) for x in (retained, forget, override)]
+
+
+# ---------------------------------------------------------------------------- the loop
+
+
+def train(config, run, teacher, schedule, classes, judge=None):
+    """SFD from `teacher`, which stays as it is; returns the generator: the weight average of theta."""
+    retained, forget, override = (None if x is None else x.to(run.device) for x in classes)
+    n_retained = max(1, config.batch_size // run.world)
+    n_forgotten = max(1, config.forget_batch_size // run.world) if len(forget) else 0
+
+    teacher = teacher.eval().requires_grad_(False)  # phi
+    fake_score = copy.deepcopy(teacher).requires_grad_(True)  # psi
+    generator = copy.deepcopy(teacher).requires_grad_(True)  # theta
+    ema = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    optimizer_psi = torch.optim.Adam(fake_score.parameters(), lr=config.lr_fake_score, betas=(0.0, 0.999), eps=1e-8)
+    optimizer_theta = torch.optim.Adam(generator.parameters(), lr=config.lr_generator, betas=(0.0, 0.999), eps=1e-8)
+    state = {"fake_score": fake_score, "generator": generator, "ema": ema,
+             "optimizer_psi": optimizer_psi, "optimizer_theta": optimizer_theta}
+    parallel_fake_score, parallel_generator = run.parallel(fake_score), run.parallel(generator)
+
+    def draw_t_and_noise(x):
+        return torch.randint(config.t_min, config.t_max, (len(x),), device=x.device), torch.randn_like(x)
+
+    for _ in run.loop(state, label="SFD"):
+        # labels are drawn, images are the generator's own; retained and forgotten ones share one pass
+        c, c_teacher = draw_labels(retained, forget, override, n_retained, n_forgotten)
+        z = torch.randn(len(c), *teacher.image_shape, device=run.device)
+        generator.train()
+        with run.autocast():
+            x_g = one_step(parallel_generator, z, c, schedule, config.t_init)  # (S1)
+
+        # 1. the fake score learns the generator's distribution
+        fake_score.train().requires_grad_(True)
+        t, noise = draw_t_and_noise(x_g)
+        with run.autocast():
+            loss = fake_score_loss(parallel_fake_score, x_g.detach(), t, c, noise, schedule)  # (S2)
+        loss_psi = total(loss, n_retained, config.lambda_fake_score)  # (S5)
+        run.update(loss_psi, fake_score, optimizer_psi, config.clip_value)
+
+        # 2. the generator moves to where teacher and fake score agree; both stand still, without dropout
+        fake_score.eval().requires_grad_(False)
+        t, noise = draw_t_and_noise(x_g)
+        with run.autocast():
+            loss = generator_loss(teacher, fake_score, x_g, t, c_teacher, c, noise, schedule, config.alpha)  # (S3)
+        loss_theta = total(loss, n_retained, config.lambda_generator)  # (S5)
+        run.update(loss_theta, generator, optimizer_theta, config.clip_value)
+        ema.update_parameters(generator)
+
+        numbers = {"loss_psi": loss_psi, "loss_theta": loss_theta}
+        if judge and n_forgotten:  # of the images just drawn; the average over steps is on the bar
+            numbers["ua"] = judge.live_ua(x_g[n_retained:], c[n_retained:])
+        run.log(**numbers)
+    return ema.module.eval()
+
+
+# ---------------------------------------------------------------------------- main
+
+
+def main(config):
+    with refusing():
+        teacher = load_unet(config.teacher)
+        if teacher.num_classes is None:
+            raise ValueError(f"--teacher {config.teacher} is unconditional; SFD needs a class-conditional teacher")
+        classes = read_classes(config, teacher.num_classes)
+        if config.t_min >= config.t_max:
+            raise ValueError(f"--t-min {config.t_min} must be below --t-max {config.t_max}")
+        judge = None if config.classifier == "none" else Judge(teacher, config.classifier)
+    forget = classes[1].tolist()
+    run = Run(config, f"runs/ddpm_sfd-{config.preset}-forget{'-'.join(map(str, forget)) or 'none'}")
+    teacher, schedule = teacher.to(run.device), VPSchedule.linear().to(run.device)
+    judge = judge and judge.to(run.device)
+
+    generator = train(config, run, teacher, schedule, classes, judge)
+
+    metrics = {"nfe": 1, "forget": forget, "training_seconds": run.seconds}
+    if run.rank == 0:
+        save_unet(generator, run.folder / "generator.safetensors", method="SFD", t_init=config.t_init, forget=forget,
+                  teacher=config.teacher, steps=config.steps, seed=config.seed)
+
+        def sample(z, c, noise=None):
+            return one_step(generator, z, c, schedule, config.t_init)
+
+        def teacher_sample(z, c, noise=None):
+            return ddim_sample(teacher, schedule, z, c, steps=50)
+
+        labels = balanced_labels(teacher.num_classes, 10)  # ten images a class, before and after from the same noise
+        for name, draw, title in (("before", teacher_sample, "teacher, 50 network calls"),
+                                  ("after", sample, "SFD, 1 network call")):
+            images, _ = generate(draw, labels, teacher.image_shape, config.seed, run.device)
+            image_grid(images, labels, run.folder / f"samples_{name}.png", title, forget)
+        if judge:
+            metrics |= evaluate(sample, 1, judge, teacher, forget, config.eval_images, config.seed, teacher_sample)
+            print(table(metrics))
+    run.finish(metrics)
+
+
+if __name__ == "__main__":
+    main(parse(Config, __doc__, PRESETS))

@@ -1,0 +1,98 @@
+"""Writes the README's tables from the JSON files in this folder.
+
+python results/tables.py            # README.md anew
+python results/tables.py --check    # status 1 if README.md is not what the files say
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+
+
+def spread(values, form):
+    return f"{form.format(mean(values))} ± {form.format(stdev(values))}"
+
+
+def all_classes():
+    """One row a forgotten class: mean and standard deviation over seeds, the worst seed beside it."""
+    runs = [json.loads(path.read_text()) for path in sorted((HERE / "ddpm_sfd-mnist").glob("*.json"))]
+    lines = [
+        "| forgotten | UA, % (worst) | retained accuracy, % (worst) | teacher's | FID (worst) | teacher's | worst ratio | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+
+    def row(name, group):
+        def of(key, scale=1):
+            return [scale * run[key] for run in group]
+
+        ratios = [run["fid"] / run["teacher_fid"] for run in group]
+        return (
+            f"| {name} | {spread(of('ua', 100), '{:.2f}')} ({min(of('ua', 100)):.2f}) "
+            f"| {spread(of('retained_accuracy', 100), '{:.2f}')} ({min(of('retained_accuracy', 100)):.2f}) | {mean(of('teacher_retained_accuracy', 100)):.2f} "
+            f"| {spread(of('fid'), '{:.3f}')} ({max(of('fid')):.3f}) | {mean(of('teacher_fid')):.3f} | {max(ratios):.2f} | {spread(of('seconds'), '{:.0f}')} |"
+        )
+
+    for k in range(10):
+        lines.append(row(k, [run for run in runs if run["forget"] == [k]]))
+    lines.append(row(f"**all {len(runs)} runs**", runs))
+    first = runs[0]
+    seeds = sorted({run["seed"] for run in runs})
+    lines += [
+        "",
+        f"Seeds {', '.join(map(str, seeds))}; {first['images_per_class']} images of each class; {first['config']['steps']} steps; "
+        f"machine: {first['machine']}, {first['amp']}; FID of real test images, for scale: {first['real_test_fid']:.4f} without class {first['forget'][0]}. "
+        f"Made by `python results/all_classes.py`, raw numbers in `results/ddpm_sfd-mnist/`.",
+    ]
+    return lines
+
+
+def step_time():
+    lines = [
+        "| network | batch | plain float32, two passes | `ddpm_sfd.py` | times as fast | peak memory, plain → ours |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path in sorted(HERE.glob("step_time-*.json")):
+        r = json.loads(path.read_text())
+        memory = r["peak_memory_bytes"]
+        lines.append(
+            f"| {r['network']} | {r['batch'][0]} + {r['batch'][1]} | {r['median']['plain']:.3f} s | {r['median']['ours']:.3f} s | {r['speedup']:.2f} "
+            f"| {memory['plain'] / 2**20:,.0f} → {memory['ours'] / 2**20:,.0f} MiB |"
+        )
+    return [
+        *lines,
+        "",
+        f"Median of {len(r['seconds']['ours'])} steps, both loops in turn in one process; {r['machine']}, {r['precision'].removeprefix('torch.')}; "
+        f"memory: {r['memory_is']}. Made by `python benchmarks/step_time.py`.",
+    ]
+
+
+def sampling():
+    r = json.loads((HERE / "sampling.json").read_text())
+    lines = ["| sampler | network calls | images a second |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {row['network_calls']:,} | {row['images_per_second']:,.1f} |" for name, row in r["rows"].items()
+    ]
+    return [*lines, "", f"{r['machine']}, {r['precision']}. Made by `python benchmarks/sampling.py`."]
+
+
+def render(text):
+    for name, table in (("all-classes", all_classes), ("step-time", step_time), ("sampling", sampling)):
+        block = "\n".join([f"<!-- {name}: made by results/tables.py -->", *table(), f"<!-- end {name} -->"])
+        text, found = re.subn(
+            rf"<!-- {name}: .*?<!-- end {name} -->", lambda _, block=block: block, text, flags=re.DOTALL
+        )
+        assert found == 1, f"README.md has no place for the table {name}"
+    return text
+
+
+if __name__ == "__main__":
+    old = README.read_text()
+    new = render(old)
+    if "--check" in sys.argv:
+        sys.exit("README.md is not what results/ says; run python results/tables.py" if new != old else 0)
+    README.write_text(new)

@@ -1,0 +1,54 @@
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from unet import UNet, save_unet
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {"image_size": 28, "in_channels": 1, "channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_at": (14,)}
+TINY |= {"num_classes": 10, "dropout": 0.1, "groups": 4}
+
+
+def random_unet(seed=0, **config):
+    """A tiny U-Net whose zero-initialised layers are random too, so that nothing in it is trivially zero."""
+    torch.manual_seed(seed)
+    unet = UNet(**(TINY | config))
+    for p in unet.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.1)
+    return unet.eval()
+
+
+@pytest.fixture
+def tiny():
+    return random_unet()
+
+
+@pytest.fixture
+def tiny_file(tmp_path):
+    """A teacher of 8 px images, on disk: small enough that hundreds of steps are a matter of seconds."""
+    path = tmp_path / "tiny.safetensors"
+    save_unet(random_unet(image_size=8, attention_at=(4,)), path, what="test")
+    return path
+
+
+def words(command, processes=1):
+    """'ddpm_sfd.py --forget 0' as a list for subprocess: one of the project's scripts, or several under torchrun."""
+    script, *rest = shlex.split(command)
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29517"]
+    return [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / script), *rest]
+
+
+def python(command, cwd, processes=1, **kwargs):
+    """Run one of the project's scripts as a user would, to its end."""
+    return subprocess.run(words(command, processes), cwd=cwd, capture_output=True, text=True, timeout=240, **kwargs)
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "cuda" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))

@@ -1,0 +1,353 @@
+"""SFD's formulas against an independent oracle, its loop against what must and must not move, its main job whole."""
+
+import copy
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, python, random_unet
+
+import ddpm_sfd
+from ddpm_sfd import Config, draw_labels, fake_score_loss, generator_loss, one_step, read_classes, total, train
+from run import Run
+from unet import VPSchedule, load_unet
+
+SCHEDULE = VPSchedule.linear()
+ABAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+
+
+class Affine(torch.nn.Module):
+    """A stand-in network whose output a few lines of numpy can repeat: eps = p x + q c + r t / 1000."""
+
+    def __init__(self, p, q, r):
+        super().__init__()
+        self.p, self.q, self.r = (torch.nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in (p, q, r))
+
+    def forward(self, x, t, c):
+        return self.p * x + (self.q * c + self.r * t / 1000)[:, None, None, None]
+
+    def numpy(self, x, t, c):
+        p, q, r = self.p.item(), self.q.item(), self.r.item()
+        return p * x + (q * c + r * t / 1000)[:, None, None, None]
+
+
+def case(seed=0, B=4):
+    g = np.random.default_rng(seed)
+    x, noise = g.normal(size=(2, B, 2, 3, 3))
+    t, c, c_safe = g.integers(20, 712, B), g.integers(0, 10, B), g.integers(0, 10, B)
+    return x, noise, t, c, c_safe
+
+
+def tensors(*arrays):
+    return [torch.from_numpy(np.asarray(a)) for a in arrays]
+
+
+def column(v):
+    return v[:, None, None, None]
+
+
+def test_one_step_is_the_formula():  # (S1)
+    z, _, _, c, _ = case()
+    network, s, a = Affine(0.3, 0.05, -0.2), np.sqrt(1 - ABAR[440]), np.sqrt(ABAR[440])
+    expected = (s * z - s * network.numpy(s * z, np.full(4, 440), c)) / a
+    ours = one_step(network, *tensors(z, c), SCHEDULE, 440)
+    np.testing.assert_allclose(ours.detach().numpy(), expected, rtol=1e-4)
+
+
+def test_fake_score_loss_is_the_formula():  # (S2)
+    x, noise, t, c, _ = case()
+    network = Affine(0.3, 0.05, -0.2)
+    x_t = column(np.sqrt(ABAR[t])) * x + column(np.sqrt(1 - ABAR[t])) * noise
+    expected = ((noise - network.numpy(x_t, t, c)) ** 2).sum((1, 2, 3))
+    ours = fake_score_loss(network, *tensors(x, t, c, noise), SCHEDULE)
+    assert ours.shape == (4,)
+    np.testing.assert_allclose(ours.detach().numpy(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 1.2])
+def test_generator_loss_and_its_gradient_are_the_formula(alpha):  # (S3), (S4)
+    x, noise, t, c, c_safe = case()
+    phi, psi = Affine(0.3, 0.05, -0.2), Affine(0.25, 0.02, 0.1)
+    s, a = column(np.sqrt(1 - ABAR[t])), column(np.sqrt(ABAR[t]))
+
+    def f(x_g, network, label):
+        x_t = a * x_g + s * noise
+        return (x_t - s * network.numpy(x_t, t, label)) / a
+
+    w = 1 / np.abs(f(x, phi, c_safe) - x).mean((1, 2, 3))  # a constant for the gradient
+
+    def L(x_g):
+        d = f(x_g, phi, c_safe) - f(x_g, psi, c)
+        return w * (d * (f(x_g, phi, c_safe) - x_g - alpha * d)).sum((1, 2, 3))
+
+    x_g, noise_t, t_t, c_t, c_safe_t = tensors(x, noise, t, c, c_safe)
+    x_g.requires_grad_()
+    ours = generator_loss(phi, psi, x_g, t_t, c_safe_t, c_t, noise_t, SCHEDULE, alpha)
+    assert ours.shape == (4,)
+    np.testing.assert_allclose(ours.detach().numpy(), L(x), rtol=1e-3)
+    ours.sum().backward()
+    for index in [(0, 0, 0, 0), (1, 1, 2, 0), (3, 0, 1, 2)]:  # central differences through both networks' inputs
+        step = np.zeros_like(x)
+        step[index] = 1e-5
+        slope = (L(x + step).sum() - L(x - step).sum()) / 2e-5
+        assert x_g.grad[index].item() == pytest.approx(slope, rel=1e-3)
+
+
+def test_generator_loss_is_still_where_the_scores_agree(tiny):
+    """Equal networks and labels: nothing to gain, and no push on the image. Another label for the teacher: a push."""
+    x_g = torch.randn(3, 1, 28, 28, requires_grad=True)
+    t, c, noise = torch.tensor([30, 300, 600]), torch.tensor([1, 2, 3]), torch.randn(3, 1, 28, 28)
+    for c_teacher, moves in ((c, False), (c + 1, True)):
+        loss = generator_loss(tiny, copy.deepcopy(tiny), x_g, t, c_teacher, c, noise, SCHEDULE, alpha=1.2)
+        [gradient] = torch.autograd.grad(loss.sum(), x_g)
+        assert (gradient.abs().max() > 1e-3) == moves
+
+
+def test_weight_is_clamped_where_the_teacher_agrees_with_the_image():  # (S4)
+    x, noise, t, c, _ = tensors(*case())
+
+    def oracle(x_t, t, c):  # predicts exactly the noise in it: f_phi = x_g, so 1 / 0 but for the clamp
+        return noise
+
+    psi = Affine(0.25, 0.02, 0.1)
+    assert generator_loss(oracle, psi, x, t, c, c, noise, SCHEDULE, alpha=1.0).isfinite().all()
+
+
+def test_total_weighs_the_two_means():  # (S5)
+    loss = torch.tensor([1.0, 3.0, 10.0, 20.0, 30.0])
+    assert total(loss, 2, 0.5).item() == 2 + 0.5 * 20
+    assert total(loss[:2], 2, 0.5).item() == 2  # no forgotten class: SiD
+
+
+def classes_for(**words):
+    return [None if x is None else x.tolist() for x in read_classes(Config(**words), 10)]
+
+
+def test_classes_and_override():
+    assert classes_for(forget="0") == [list(range(1, 10)), [0], [1]]
+    assert classes_for(forget="9") == [list(range(9)), [9], [0]]
+    assert classes_for(forget="3,4,9") == [[0, 1, 2, 5, 6, 7, 8], [3, 4, 9], [5, 5, 0]]
+    assert classes_for(forget="3,4", override="8")[2] == [8, 8]
+    assert classes_for(forget="3", override="random")[2] is None
+    assert classes_for(forget="none") == [list(range(10)), [], []]
+
+
+def test_labels_of_a_step():
+    retained, forget, override = read_classes(Config(forget="3,4"), 10)
+    c, c_teacher = draw_labels(retained, forget, override, 400, 100)
+    assert c.shape == c_teacher.shape == (500,)
+    assert set(c[:400].tolist()) == {0, 1, 2, 5, 6, 7, 8, 9} and torch.equal(c[:400], c_teacher[:400])
+    assert set(c[400:].tolist()) == {3, 4} and set(c_teacher[400:].tolist()) == {5}
+    c, c_teacher = draw_labels(
+        retained, forget, None, 400, 300
+    )  # random: over all retained ones, never a forgotten one
+    assert set(c_teacher[400:].tolist()) == {0, 1, 2, 5, 6, 7, 8, 9}
+    c, c_teacher = draw_labels(torch.arange(10), torch.tensor([], dtype=torch.long), None, 40, 0)
+    assert len(c) == 40 and torch.equal(c, c_teacher)
+
+
+def small(tmp_path, **words):
+    return Config(
+        **(
+            {
+                "steps": 2,
+                "batch_size": 4,
+                "forget_batch_size": 2,
+                "out": str(tmp_path / "run"),
+                "amp": "off",
+                "save_every": 100,
+            }
+            | words
+        )
+    )
+
+
+def trained(config, teacher):
+    run = Run(config, "unused")
+    generator = train(config, run, teacher, SCHEDULE, read_classes(config, 10))
+    return run, generator
+
+
+def test_a_run_trains_what_it_must_and_nothing_else(tmp_path, tiny):
+    before = copy.deepcopy(tiny.state_dict())
+    run, generator = trained(small(tmp_path, ema=0.0), tiny)
+    assert all(torch.equal(before[k], v) for k, v in tiny.state_dict().items())  # the teacher stands still
+    psi, theta = run.state["fake_score"], run.state["generator"]
+    for network, name in ((psi, "psi"), (theta, "theta")):
+        moved = [not torch.equal(before[k], v) for k, v in network.state_dict().items()]
+        assert sum(moved) > 0.9 * len(moved), name
+        assert all(p.isfinite().all() for p in network.parameters())
+    assert not torch.equal(psi.conv_in.weight, theta.conv_in.weight)
+    assert all(
+        torch.equal(a, b) for a, b in zip(generator.parameters(), theta.parameters())
+    )  # EMA with decay 0 is the last one
+    assert [o.defaults["betas"] for o in (run.state["optimizer_psi"], run.state["optimizer_theta"])] == [
+        (0.0, 0.999)
+    ] * 2
+
+
+def test_fake_score_is_still_while_the_generator_moves(tmp_path, tiny, monkeypatch):
+    """In the generator's update neither the fake score nor the teacher collects a gradient or runs dropout."""
+    seen = []
+    original = generator_loss
+
+    def spy(teacher, fake_score, x_g, *rest):
+        seen.append(
+            (
+                teacher.training,
+                fake_score.training,
+                any(p.requires_grad for n in (teacher, fake_score) for p in n.parameters()),
+                x_g.requires_grad,
+            )
+        )
+        return original(teacher, fake_score, x_g, *rest)
+
+    monkeypatch.setattr(ddpm_sfd, "generator_loss", spy)
+    trained(small(tmp_path), tiny)
+    assert seen == [(False, False, False, True)] * 2
+
+
+def test_zero_steps_change_no_bit(tmp_path, tiny):
+    _, generator = trained(small(tmp_path, steps=0), tiny)
+    assert all(torch.equal(a, b) for a, b in zip(generator.state_dict().values(), tiny.state_dict().values()))
+
+
+def test_each_network_is_called_once_for_retained_and_forgotten_together(tmp_path, tiny):
+    batches = []
+    tiny.register_forward_hook(
+        lambda module, args, out: batches.append(len(args[0]))
+    )  # copies of it carry the hook along
+    trained(small(tmp_path, steps=1, batch_size=5, forget_batch_size=3), tiny)
+    assert batches == [8, 8, 8, 8]  # generator, fake score; teacher, fake score
+
+
+def test_the_same_seed_gives_the_same_bits(tmp_path, tiny):
+    a, b, c = (
+        trained(small(tmp_path / str(i), seed=seed, override="random"), tiny)[1] for i, seed in enumerate((1, 1, 2))
+    )
+    same = [torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters())]
+    other = [torch.equal(x, y) for x, y in zip(a.parameters(), c.parameters())]
+    assert all(same) and not all(other)
+
+
+HOOK = """
+import sys
+log = open({log!r}, "a")
+sys.addaudithook(lambda event, args: event == "open" and isinstance(args[0], str) and log.write(args[0] + chr(10)) and None)
+"""
+
+
+@pytest.mark.slow
+def test_the_main_job_forgets_and_opens_no_data(tmp_path):
+    """A short run of the README's command, with an audit hook that writes down every file that Python opens."""
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(HOOK.format(log=str(tmp_path / "opened")))
+    command = "ddpm_sfd.py --forget 3 --override 5 --steps 60 --batch-size 24 --forget-batch-size 16 --eval-images 20 --out out"
+    process = python(command, tmp_path, env=os.environ | {"PYTHONPATH": str(hook)})
+    assert process.returncode == 0, process.stderr
+    out = tmp_path / "out"
+    assert {p.name for p in out.iterdir()} == {
+        "config.json",
+        "metrics.json",
+        "samples_before.png",
+        "samples_after.png",
+        "curves.png",
+        "checkpoint.pt",
+        "generator.safetensors",
+    }
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {
+        "ua",
+        "retained_accuracy",
+        "fid",
+        "teacher_fid",
+        "nfe",
+        "seconds",
+        "command",
+        "seed",
+        "machine",
+        "commit",
+    } <= set(metrics)
+    assert metrics["ua"] > 0.6 and metrics["ua_images"] == 20  # the teacher's UA is about 0.02
+    assert np.argmax(metrics["became"]["3"]) == 5 and metrics["nfe"] == 1
+    assert metrics["retained_accuracy"] > 0.7
+    assert "UA (forgotten class gone)" in process.stdout
+    generator = load_unet(out / "generator.safetensors")
+    assert generator.card["t_init"] == 440 and generator.card["forget"] == [3]
+    opened = (tmp_path / "opened").read_text().splitlines()
+    assert any(
+        name.endswith("mnist.safetensors") or "checkpoint" in name or name.endswith(".png") for name in opened
+    )  # the hook works
+    assert not [name for name in opened if "idx3" in name or "MNIST" in name or "torchvision/datasets" in name]
+
+    # the same checkpoint, judged by the command, gives the same numbers
+    judged = python("eval.py out/generator.safetensors --per-class 20 --out again.json", tmp_path)
+    assert judged.returncode == 0, judged.stderr
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["ua"] == metrics["ua"] and again["fid"] == pytest.approx(metrics["fid"], rel=1e-6)
+
+
+def test_plain_distillation_runs_without_a_forgotten_class(tmp_path, tiny_file):
+    process = python(
+        f"ddpm_sfd.py --forget none --teacher {tiny_file} --classifier none --steps 2 --batch-size 4", tmp_path
+    )
+    assert process.returncode == 0, process.stderr
+    metrics = json.loads((tmp_path / "runs/ddpm_sfd-mnist-forgetnone/metrics.json").read_text())
+    assert "ua" not in metrics and metrics["forget"] == []
+    assert load_unet(tmp_path / "runs/ddpm_sfd-mnist-forgetnone/generator.safetensors").card["forget"] == []
+
+
+BAD = [
+    (["--forget", "10"], "the classes are 0..9"),
+    (["--forget", "-1"], "expected at least one argument"),
+    (["--forget", "zero"], "the classes are 0..9"),
+    (["--forget", "0", "--override", "0"], "no retained class"),
+    (["--forget", "0", "--override", "12"], "the classes are 0..9"),
+    (["--forget", *map(str, range(10))], "every class"),
+    (["--teacher", "nobody"], "shipped name"),
+    (["--teacher", "mnist-classifier"], "no minUnlearn U-Net"),
+    (["--teacher", "damaged.safetensors"], "no readable safetensors"),
+    (["--teacher", "unconditional.safetensors"], "class-conditional teacher"),
+    (["--teacher", "rgb.safetensors"], "--classifier none"),
+    (["--steps", "-3"], "at least 0"),
+    (["--batch-size", "0"], "at least 1"),
+    (["--batch-size", "many"], "invalid whole number"),
+    (["--lr-generator", "nan"], "finite"),
+    (["--t-min", "700", "--t-max", "600"], "below --t-max"),
+    (["--device", "tpu"], "invalid choice"),
+    (["--amp", "fp16"], "needs a CUDA GPU"),
+    (["--no-such-flag", "1"], "unrecognized arguments"),
+    (["--preset", "imagenet"], "invalid choice"),
+    (["--resume"], "no checkpoint.pt"),
+    (["--out", "foreign"], "files that are not a run's"),
+    (["--out", "file.txt"], "is a file"),
+]
+if not torch.cuda.is_available():
+    BAD.append((["--device", "cuda"], "no CUDA GPU"))
+
+
+@pytest.mark.parametrize("words, message", BAD, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_bad_input_gets_one_line_and_status_2(words, message, tmp_path, monkeypatch, capsys):
+    from unet import save_unet
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "ddpm_sfd.py"), *words])
+    (tmp_path / "damaged.safetensors").write_bytes((ROOT / "weights/mnist.safetensors").read_bytes()[:5000])
+    save_unet(random_unet(num_classes=None), tmp_path / "unconditional.safetensors")
+    save_unet(random_unet(in_channels=3), tmp_path / "rgb.safetensors")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("dear diary")
+    (tmp_path / "file.txt").write_text("x")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(SystemExit) as exit:
+        ddpm_sfd.main(ddpm_sfd.parse(Config, ddpm_sfd.__doc__, ddpm_sfd.PRESETS))
+    error = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert error.count("\n") == 1 and error.startswith("ddpm_sfd.py: error: ") and message in error
+    assert {
+        p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()
+    } == before  # nothing written, nothing overwritten

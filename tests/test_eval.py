@@ -1,0 +1,166 @@
+"""Each metric against a known answer and, where a well-kept library computes it, against that."""
+
+import math
+
+import pytest
+import torch
+from conftest import random_unet
+
+import eval as metrics
+from unet import VPSchedule
+
+
+def some_moments(seed, d=12, n=200, shift=0.0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=g) @ torch.randn(d, d, generator=g) + shift
+    return x, *metrics.moments(x)
+
+
+def test_frechet_distance_known_answers():
+    _, m, c = some_moments(0)
+    assert metrics.frechet_distance(m, c, m, c) == pytest.approx(0, abs=1e-8)
+    assert metrics.frechet_distance(m, c, m + 2, c) == pytest.approx(4 * 12)  # a shift alone
+    a, b = torch.tensor([1.0, 4.0, 9.0]), torch.tensor([4.0, 4.0, 1.0])  # diagonal: sum (sqrt a - sqrt b)^2
+    zero = torch.zeros(3)
+    assert metrics.frechet_distance(zero, a.diag(), zero, b.diag()) == pytest.approx(1 + 0 + 4)
+
+
+@pytest.mark.parametrize("n", [200, 8])  # 8 images in 12 dimensions: singular covariances
+def test_frechet_distance_is_that_of_scipy_and_torch_fidelity(n):
+    linalg = pytest.importorskip("scipy.linalg")
+    _, m1, c1 = some_moments(1, n=n)
+    _, m2, c2 = some_moments(2, n=n, shift=0.5)
+    ours = metrics.frechet_distance(m1, c1, m2, c2)
+    root = linalg.sqrtm((c1 @ c2).numpy()).real
+    theirs = ((m1 - m2) ** 2).sum().item() + (c1 + c2).trace().item() - 2 * root.trace()
+    assert ours == pytest.approx(theirs, rel=1e-3 if n == 8 else 1e-8)
+    fidelity = pytest.importorskip("torch_fidelity.metric_fid")
+    peer = fidelity.fid_statistics_to_metric(
+        {"mu": m1.numpy(), "sigma": c1.numpy()}, {"mu": m2.numpy(), "sigma": c2.numpy()}, False
+    )
+    assert ours == pytest.approx(peer["frechet_inception_distance"], rel=1e-3)
+
+
+def test_pooled_moments_are_those_of_the_classes_together():
+    parts = [some_moments(s, shift=s)[0] for s in range(3)]
+    mean, cov = metrics.pool(
+        *(torch.stack(x) for x in zip(*((p.double().mean(0), torch.cov(p.double().T, correction=0)) for p in parts)))
+    )
+    together = torch.cat(parts).double()
+    torch.testing.assert_close(mean, together.mean(0))
+    torch.testing.assert_close(cov, torch.cov(together.T, correction=0))
+
+
+def test_precision_recall_known_answers():
+    g = torch.Generator().manual_seed(0)
+    cloud = torch.randn(300, 4, generator=g)
+    assert metrics.precision_recall(cloud, cloud) == (1.0, 1.0)
+    assert metrics.precision_recall(cloud, cloud + 100) == (0.0, 0.0)
+    two = torch.cat([cloud, cloud + 50])  # the generator draws one of two modes: precise, half the recall
+    precision, recall = metrics.precision_recall(two, cloud + 0.01)
+    assert precision > 0.95 and recall == pytest.approx(0.5, abs=0.02)
+    with pytest.raises(ValueError, match="more than 3"):
+        metrics.precision_recall(cloud[:3], cloud)
+
+
+def test_precision_recall_is_that_of_torch_fidelity():
+    prc = pytest.importorskip("torch_fidelity.metric_prc")
+    real, generated = some_moments(1, d=4)[0], some_moments(1, d=4, n=150)[0] + 0.8
+    ours = metrics.precision_recall(real, generated, k=3)
+    theirs = prc.prc_features_to_metric(
+        generated, real, prc_neighborhood=3, prc_batch_size=64, save_cpu_ram=False, verbose=False
+    )
+    assert ours[0] == pytest.approx(theirs["precision"], abs=0.01)
+    assert ours[1] == pytest.approx(theirs["recall"], abs=0.01)
+    assert 0.05 < ours[0] < 0.95  # and the case is not a trivial one
+
+
+def test_inception_score():
+    certain = torch.eye(10).repeat(20, 1)
+    assert metrics.inception_score(certain) == pytest.approx(10)
+    assert metrics.inception_score(certain[:1].repeat(50, 1)) == pytest.approx(1)  # one class only
+    assert metrics.inception_score(torch.full((50, 10), 0.1)) == pytest.approx(1)  # no confidence
+    isc = pytest.importorskip("torch_fidelity.metric_isc")
+    logits = torch.randn(400, 10, generator=torch.Generator().manual_seed(0)) * 3
+    peer = isc.isc_features_to_metric(logits, splits=4, shuffle=False)
+    assert metrics.inception_score(logits.softmax(1), splits=4) == pytest.approx(peer["inception_score_mean"], rel=1e-4)
+
+
+def test_unlearning_accuracy_counts_images_of_the_forgotten_label_only():
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
+    seen = torch.tensor([0, 1, 1, 2, 0, 1, 2, 2])
+    assert metrics.unlearning_accuracy(labels, seen, 0) == 0.75
+    assert metrics.unlearning_accuracy(labels, seen, 1) == 0.5
+    assert metrics.unlearning_accuracy(labels, seen, [0, 1]) == pytest.approx(4 / 6)
+    assert metrics.retained_accuracy(labels, seen, [0]) == 0.75  # (1/2 + 2/2) / 2
+    assert metrics.class_accuracies(labels, seen) == {0: 0.25, 1: 0.5, 2: 1.0}
+    with pytest.raises(ValueError, match="no image"):
+        metrics.unlearning_accuracy(labels, seen, 7)
+
+
+def test_entropy_in_nats():
+    assert metrics.entropy(torch.full((3, 10), 0.1)) == pytest.approx(math.log(10))
+    assert metrics.entropy(torch.eye(10)) == 0
+
+
+def test_report_leaves_the_forgotten_class_out_of_fid_and_accuracy():
+    g = torch.Generator().manual_seed(0)
+    labels = metrics.balanced_labels(3, 40)
+    features = torch.randn(120, 5, generator=g) + labels[:, None]
+    statistics = dict.fromkeys(("train", "test", "teacher"), metrics.class_moments(features, labels))
+    probabilities = torch.nn.functional.one_hot(labels, 3).float()
+    probabilities[labels == 1] = torch.tensor([0.0, 0.0, 1.0])  # asked for a 1, it draws a 2
+    features[labels == 1] += 30
+    result = metrics.report(labels, features, probabilities, statistics, forget=[1])
+    assert result["ua"] == 1 and result["ua_images"] == 40 and result["became"] == {1: [0, 0, 1]}
+    assert result["retained_accuracy"] == 1 and result["fid"] == pytest.approx(0, abs=1e-6) == result["teacher_fid"]
+    everything = metrics.report(labels, features, probabilities, statistics)
+    assert "ua" not in everything and everything["fid"] > 10 and everything["retained_accuracy"] == pytest.approx(2 / 3)
+
+
+def test_images_do_not_depend_on_the_batch_size_and_are_eight_bit():
+    unet, schedule = random_unet(), VPSchedule.linear()
+    sample = metrics.sampler_of(unet, schedule, "ddim", steps=3, eta=1.0)[0]
+    labels = metrics.balanced_labels(10, 1)
+    a, _ = metrics.generate(sample, labels, unet.image_shape, seed=5, device="cpu", batch=10)
+    b, _ = metrics.generate(sample, labels, unet.image_shape, seed=5, device="cpu", batch=3)
+    assert (a - b).abs().max() <= 1.01 / 127.5  # the same up to one rounding
+    grid = (a + 1) * 127.5
+    assert (grid - grid.round()).abs().max() < 1e-3 and a.abs().max() <= 1
+
+
+def test_the_shipped_classifier_and_statistics_fit_the_shipped_teacher():
+    from unet import load_unet, weights_path
+
+    teacher = load_unet("mnist")
+    judge = metrics.Judge(teacher)
+    assert judge.facts["teacher"]["sha256"] == metrics.checksum(weights_path("mnist"))
+    images, _ = metrics.generate(
+        metrics.sampler_of(teacher, VPSchedule.linear(), "ddim", steps=20)[0],
+        metrics.balanced_labels(10, 4),
+        teacher.image_shape,
+        seed=0,
+        device="cpu",
+    )
+    _, probabilities = judge(images)
+    assert (probabilities.argmax(1) == metrics.balanced_labels(10, 4)).double().mean() > 0.9  # 40 images, 98% expected
+
+
+def test_wrong_kinds_of_file_and_network_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no minUnlearn classifier"):
+        metrics.load_classifier("mnist")
+    unet = random_unet(in_channels=3)
+    unet.path = "x.safetensors"
+    with pytest.raises(ValueError, match="--classifier none"):
+        metrics.Judge(unet)
+
+
+@pytest.mark.parametrize("text, classes", [("0", [0]), ("3,1", [1, 3]), ("1 3 3", [1, 3]), ("none", [])])
+def test_parse_classes(text, classes):
+    assert metrics.parse_classes(text, 10) == classes
+
+
+@pytest.mark.parametrize("text", ["10", "-1", "x", "1.5"])
+def test_parse_classes_refuses(text):
+    with pytest.raises(ValueError, match="0..9"):
+        metrics.parse_classes(text, 10)

@@ -1,0 +1,113 @@
+"""The commands that make weights/, on a data set of forty images that look like MNIST on disk."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, python
+
+import eval as metrics
+from pretrain import jitter
+from unet import load_unet
+
+
+@pytest.fixture
+def data(tmp_path):
+    """MNIST's files as torchvision lays them out, with four images a class: a bar whose place tells the digit."""
+    raw = tmp_path / "data/MNIST/raw"
+    raw.mkdir(parents=True)
+    labels = np.arange(40, dtype=np.uint8) % 10
+    images = np.random.default_rng(0).integers(0, 60, (40, 28, 28)).astype(np.uint8)
+    for image, label in zip(images, labels):
+        image[:, 2 * label + 4 : 2 * label + 7] = 255
+    for split in ("train", "t10k"):
+        header = b"".join(n.to_bytes(4, "big") for n in (0x803, 40, 28, 28))
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(
+            b"".join(n.to_bytes(4, "big") for n in (0x801, 40)) + labels.tobytes()
+        )
+    return tmp_path / "data"
+
+
+def test_mnist_is_read_into_minus_one_to_one(data):
+    images, labels = metrics.mnist(str(data), train=True)
+    assert images.shape == (40, 1, 28, 28) and images.min() == -1 or images.max() == 1
+    assert images[3, 0, 0, 10] == 1 and labels[3] == 3  # the bar of class 3
+
+
+def test_jitter_moves_the_image_within_black(data):
+    torch.manual_seed(0)
+    images = torch.full((64, 1, 28, 28), -1.0)
+    images[:, :, 12:16, 12:16] = 1
+    out = jitter(images)
+    assert out.shape == images.shape and out.min() >= -1.001 and out.max() <= 1.001
+    assert torch.equal(out[:, :, 0, 0], torch.full((64, 1), -1.0))  # no grey border
+    mass = (out + 1).sum((1, 2, 3)) / (images + 1).sum((1, 2, 3))
+    assert 0.75 < mass.min() and mass.max() < 1.3  # 10% of scale is 20% of area
+    centre = ((out + 1) * torch.arange(28)).sum((1, 2, 3)) / (out + 1).sum((1, 2, 3))
+    assert centre.std() > 0.3 and (centre - 13.5).abs().max() < 2
+
+
+@pytest.mark.slow
+def test_the_teacher_command_leaves_weights_and_a_card_and_resumes_exactly(tmp_path, data):
+    whole = python(f"pretrain.py mnist --data {data} --batch-size 8 --snapshot-every 3 --steps 4 --out whole", tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    path = tmp_path / "whole/mnist.safetensors"
+    card = json.loads(path.with_suffix(".json").read_text())
+    assert card["sha256"] == metrics.checksum(path) and card["bytes"] == path.stat().st_size and card["steps"] == 4
+    assert str(tmp_path) not in path.with_suffix(".json").read_text()
+    unet = load_unet(path)
+    assert (
+        unet.num_classes == 10
+        and unet.image_shape == (1, 28, 28)
+        and sum(p.numel() for p in unet.parameters()) == card["parameters"]
+    )
+    assert (tmp_path / "whole/mnist-3.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_classifier_command_learns(tmp_path, data):
+    process = python(f"pretrain.py mnist-classifier --data {data} --batch-size 40 --steps 60 --out out", tmp_path)
+    assert process.returncode == 0, process.stderr
+    card = json.loads((tmp_path / "out/mnist-classifier.json").read_text())
+    assert card["scores"]["test_images"] == 40 and card["scores"]["test_accuracy"] > 0.5  # chance is 0.1
+    assert metrics.load_classifier(tmp_path / "out/mnist-classifier.safetensors").config["classes"] == 10
+
+
+@pytest.mark.slow
+def test_the_statistics_command_describes_the_real_images_and_the_teacher(tmp_path, data):
+    process = python(f"pretrain.py mnist-statistics --data {data} --per-class 2 --out out", tmp_path)
+    assert process.returncode == 0, process.stderr
+    statistics, facts = metrics.load_statistics(tmp_path / "out/mnist-statistics.safetensors")
+    images, labels = metrics.mnist(str(data), train=True)
+    features, _ = metrics.look(metrics.load_classifier(), images)
+    torch.testing.assert_close(statistics["train"][0][7], features[labels == 7].double().mean(0), rtol=1e-4, atol=1e-5)
+    assert facts["teacher"]["images"] == 20 and len(facts["teacher"]["class_accuracy"]) == 10
+
+
+def test_missing_data_is_one_line(tmp_path):
+    process = python("pretrain.py mnist --data /dev/null", tmp_path)
+    assert process.returncode == 2 and process.stderr.strip().count("\n") == 0 and "error: --data" in process.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def cards():
+    return sorted((ROOT / "weights").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", cards(), ids=lambda p: p.stem)
+def test_shipped_cards_tell_the_truth(path):
+    card = json.loads(path.read_text())
+    weights = path.with_suffix(".safetensors")
+    assert card["sha256"] == metrics.checksum(weights) and card["bytes"] == weights.stat().st_size
+    assert {"command", "data", "seconds", "machine", "commit", "what"} <= set(card)
+
+
+def test_shipped_weights_are_small_and_good_enough():
+    assert {p.stem for p in cards()} == {"mnist", "mnist-classifier", "mnist-statistics"}
+    read = {p.stem: json.loads(p.read_text()) for p in cards()}
+    assert read["mnist"]["bytes"] <= 3_000_000 and read["mnist-classifier"]["bytes"] <= 2_000_000
+    assert read["mnist-classifier"]["scores"]["test_accuracy"] >= 0.994
+    assert read["mnist-statistics"]["scores"]["teacher"]["accuracy"] >= 0.98
+    assert read["mnist-statistics"]["scores"]["teacher"]["images"] >= 2000

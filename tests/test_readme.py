@@ -1,0 +1,58 @@
+"""The README: its commands are ones that the scripts take, its tables are what the files in results/ say."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def commands():
+    docs = README + "".join((ROOT / name).read_text() for name in ("ddpm_sfd.py", "eval.py", "pretrain.py"))
+    found = re.findall(r"^    .*?((?:python|torchrun --nproc-per-node \d) [\w/]+\.py[^\n#]*)", docs, flags=re.MULTILINE)
+    return sorted({command.strip() for command in found if "WHAT" not in command})
+
+
+def test_there_are_commands_to_check():
+    assert len(commands()) > 8 and "python ddpm_sfd.py --forget 0" in commands()
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_name_scripts_and_flags_that_exist(command, monkeypatch):
+    words = shlex.split(command)
+    i = next(i for i, w in enumerate(words) if w.endswith(".py"))
+    script, arguments = words[i], words[i + 1 :]
+    assert (ROOT / script).exists()
+    if "/" in script:
+        return
+    module = __import__(script.removesuffix(".py"))
+    config = module.parse(module.Config, module.__doc__, getattr(module, "PRESETS", None), arguments)
+    assert config is not None
+
+
+def test_files_that_the_readme_names_exist():
+    for name in re.findall(r"`([\w/.-]+\.(?:py|json|txt))`|\]\((\w[\w/.-]+\.\w+)\)", README):
+        path = next(filter(None, name))
+        if path not in ("metrics.json",):
+            assert (ROOT / path).exists(), path
+
+
+def test_tables_are_what_the_results_say():
+    process = subprocess.run(
+        [sys.executable, str(ROOT / "results/tables.py"), "--check"], capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+
+
+def test_every_equation_label_stands_in_the_code_that_the_readme_says():
+    for label, file in re.findall(r"^\| (\([DS]\d\)) \|.*\| `(\w+\.py)` \|$", README, flags=re.MULTILINE):
+        code = [
+            line
+            for line in (ROOT / file).read_text().splitlines()
+            if f"# {label}" in line and line.split("#")[0].strip()
+        ]
+        assert code, f"{label} stands on no line of code in {file}"

@@ -1,0 +1,228 @@
+"""The safety of a run: what is killed resumes to the same bits, what goes wrong says so, what is someone else's stays."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import ROOT, python, words
+
+import run as housekeeping
+from run import Run, option, parse
+
+SFD = "ddpm_sfd.py --forget 1 --classifier none --batch-size 6 --forget-batch-size 2 --override random"
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def start(command, cwd):
+    return subprocess.Popen(words(command), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_resume_after_kill_and_after_interrupt_ends_in_the_same_bits(tmp_path, tiny_file):
+    command = f"{SFD} --teacher {tiny_file} --steps 150 --save-every 10"
+    whole = python(f"{command} --out whole", tmp_path)
+    assert whole.returncode == 0, whole.stderr
+
+    process = start(f"{command} --out killed", tmp_path)
+    wait_for(lambda: (tmp_path / "killed/checkpoint.pt").exists())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed/metrics.json").exists()  # it was indeed killed on the way
+    again = python(f"{command} --out killed", tmp_path)
+    assert again.returncode == 2 and "--resume" in again.stderr  # unfinished work is not overwritten
+
+    before = (tmp_path / "killed/checkpoint.pt").stat().st_mtime_ns
+    process = start(f"{command} --out killed --resume", tmp_path)
+    wait_for(lambda: (tmp_path / "killed/checkpoint.pt").stat().st_mtime_ns != before)
+    process.send_signal(signal.SIGINT)  # Ctrl-C
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    assert "--resume" in out and "ddpm_sfd.py" in out
+    done = python(f"{command} --out killed --resume", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("generator.safetensors", "samples_after.png"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+    states = [torch.load(tmp_path / d / "checkpoint.pt", weights_only=True) for d in ("whole", "killed")]
+    assert states[0]["curves"] == states[1]["curves"] and len(states[0]["curves"]["loss_psi"]) == 150
+    assert torch.equal(states[0]["random"][0]["cpu"], states[1]["random"][0]["cpu"])
+
+
+def test_nan_stops_the_run_and_names_the_loss_and_the_step(tmp_path, tiny_file):
+    process = python(f"{SFD} --teacher {tiny_file} --steps 30 --lr-fake-score 1e30 --out out", tmp_path)
+    assert process.returncode == 1
+    last = process.stderr.strip().splitlines()[-1]
+    assert (
+        "not finite at step" in last and ("loss_" in last or "gradient" in last) and "Traceback" not in process.stderr
+    )
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json"}
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_network_and_one_writes(tmp_path, tiny_file):
+    command = f"{SFD} --teacher {tiny_file} --amp off --out out"
+    process = python(f"{command} --steps 3", tmp_path, processes=2, env=ONE_THREAD)
+    assert process.returncode == 0, process.stderr
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["processes"] == 2
+    saved = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)
+    first, second = (state["cpu"] for state in saved["random"])
+    assert not torch.equal(first, second)  # each process draws noise of its own
+    resumed = python(f"{command} --steps 4 --resume", tmp_path, processes=2, env=ONE_THREAD)
+    assert resumed.returncode == 0, resumed.stderr
+
+
+GRADIENTS = """
+import sys
+import torch
+sys.path.insert(0, {root!r})
+from run import Run
+from dataclasses import make_dataclass
+
+settings = {{"device": "cpu", "amp": "off", "seed": 0, "out": {out!r}, "resume": False, "steps": 1, "save_every": 9}}
+run = Run(make_dataclass("Config", settings)(**settings), "")
+torch.manual_seed(0)
+net = torch.nn.Linear(3, 1)
+x = torch.arange(12.0).view(4, 3)[run.rank * 2:run.rank * 2 + 2]
+run.update(run.parallel(net)(x).square().mean(), net, torch.optim.SGD(net.parameters(), lr=0.1))
+torch.save(net.state_dict(), {out!r} + f"/rank{{run.rank}}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_gradients_over_processes_are_those_of_the_whole_batch(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(GRADIENTS.format(root=str(ROOT), out=str(tmp_path / "out")))
+    process = python(str(script), tmp_path, processes=2, env=ONE_THREAD)
+    assert process.returncode == 0, process.stderr
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3, 1)
+    net(torch.arange(12.0).view(4, 3)).square().mean().backward()
+    torch.optim.SGD(net.parameters(), lr=0.1).step()
+    for rank in (0, 1):
+        saved = torch.load(tmp_path / f"out/rank{rank}.pt", weights_only=True)
+        torch.testing.assert_close(saved["weight"], net.weight.data)
+        torch.testing.assert_close(saved["bias"], net.bias.data)
+
+
+# ------------------------------------------------------------------ in this process
+
+
+@dataclass
+class Config:
+    size: str = option("small", "preset", choices=["small", "large"])
+    forget: str = option("0", "classes", nargs="+")
+    lr: float = option(0.5, "learning rate", low=0)
+    steps: int = option(3, "steps", low=0)
+    resume: bool = option(False, "go on")
+    device: str = option("cpu", "where")
+    amp: str = option("off", "precision")
+    seed: int = option(0, "seed", low=0)
+    out: str = option("", "folder")
+    save_every: int = option(100, "steps")
+
+
+def test_flags_replace_the_preset_which_replaces_the_default():
+    presets = {"small": {}, "large": {"lr": 0.1, "steps": 9}}
+    assert parse(Config, "", presets, []) == Config()
+    assert parse(Config, "", presets, ["--size", "large", "--steps", "7"]) == Config(size="large", lr=0.1, steps=7)
+    assert parse(Config, "", presets, ["--forget", "1", "2", "--resume"]) == Config(forget="1,2", resume=True)
+
+
+def test_help_shows_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(Config, "What it is.", {"small": {}, "large": {}}, ["--help"])
+    text = capsys.readouterr().out
+    assert exit.value.code == 0 and "What it is." in text and "learning rate [0.5]" in text and "--save-every" in text
+
+
+def test_a_finished_run_is_replaced_by_the_same_command_only(tmp_path, capsys):
+    config = Config(out=str(tmp_path / "run"))
+    first = Run(config, "")
+    for step in first.loop({}):
+        first.log(loss=step)
+    first.finish({"ua": 1.0})
+    Run(config, "")  # the same again: may be made anew
+    with pytest.raises(SystemExit):
+        Run(Config(out=config.out, lr=0.25), "")
+    assert "lr = 0.5" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["ua"] == 1.0
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path, capsys):
+    config = Config(out=str(tmp_path / "run"))
+    run = Run(config, "")
+    list(run.loop({"net": torch.nn.Linear(2, 2)}))
+    path = tmp_path / "run/checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(SystemExit) as exit:
+        list(Run(Config(out=config.out, resume=True), "").loop({"net": torch.nn.Linear(2, 2)}))
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and "not a whole checkpoint" in error
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    housekeeping.write_json(path, {"old": 1})
+
+    def half(temporary):
+        open(temporary, "w").write("{")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        housekeeping.write_atomically(path, half)
+    assert json.loads(path.read_text()) == {"old": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_update_clips_each_gradient_entry(tmp_path):
+    run = Run(Config(out=str(tmp_path / "run")), "")
+    net = torch.nn.Linear(2, 1, bias=False)
+    before = net.weight.data.clone()
+    run.update(
+        (net.weight * torch.tensor([[0.25, -50.0]])).sum(),
+        net,
+        torch.optim.SGD(net.parameters(), lr=1.0),
+        clip_value=1.0,
+    )
+    torch.testing.assert_close(before - net.weight.data, torch.tensor([[0.25, -1.0]]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(tmp_path, capsys, value):
+    run = Run(Config(out=str(tmp_path / "run")), "")
+    net = torch.nn.Linear(2, 1)
+    before = net.weight.data.clone()
+    steps = run.loop({})
+    next(steps)
+    with pytest.raises(SystemExit) as exit:
+        run.update((net.weight * value).sum(), net, torch.optim.SGD(net.parameters(), lr=1.0), clip_value=1.0)
+    assert exit.value.code == 1 and "gradient of Linear is not finite at step 0" in capsys.readouterr().err
+    assert torch.equal(before, net.weight.data)
+
+
+def test_precision_is_detected_not_assumed(monkeypatch):
+    cpu = torch.device("cpu")
+    for supported, expected in ((True, torch.bfloat16), (False, None)):
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, name, lambda supported=supported: supported, raising=False)
+        assert housekeeping.choose_amp("auto", cpu) is expected
+    assert housekeeping.choose_amp("off", cpu) is None and housekeeping.choose_amp("bf16", cpu) is torch.bfloat16
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_cuda_precisions_train_to_finite_losses(tmp_path, tiny_file, amp):
+    process = python(f"{SFD} --teacher {tiny_file} --steps 20 --amp {amp} --device cuda --out out", tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["machine"].startswith("NVIDIA")

@@ -1,0 +1,224 @@
+"""The schedule and the samplers against diffusers, the network against what is known of it, the files against damage."""
+
+import math
+
+import pytest
+import torch
+from conftest import TINY, random_unet
+from safetensors.torch import save_file
+
+from unet import (
+    UNet,
+    VPSchedule,
+    ancestral_sample,
+    ddim_sample,
+    guided_noise,
+    indexed_noise,
+    load_unet,
+    save_unet,
+    sinusoidal_embedding,
+    write_tensors,
+)
+
+
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [
+        (VPSchedule.linear(), dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)),
+        (VPSchedule.scaled_linear(), dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)),
+    ],
+)
+def test_schedule_is_that_of_diffusers(ours, theirs):
+    diffusers = pytest.importorskip("diffusers")
+    peer = diffusers.DDPMScheduler(num_train_timesteps=1000, **theirs)
+    torch.testing.assert_close(ours.betas, peer.betas, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(ours.alphas_cumprod, peer.alphas_cumprod, rtol=1e-4, atol=1e-7)
+    x0, noise, t = torch.randn(5, 3, 4, 4), torch.randn(5, 3, 4, 4), torch.tensor([0, 10, 440, 711, 999])
+    torch.testing.assert_close(ours.add_noise(x0, noise, t), peer.add_noise(x0, noise, t), rtol=1e-4, atol=1e-5)
+
+
+def test_tweedie_undoes_the_forward_process_and_the_score_is_that_of_the_gaussian():
+    schedule = VPSchedule.linear()
+    x0, noise, t = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4), torch.tensor([0, 300, 700])
+    x_t = schedule.add_noise(x0, noise, t)
+    torch.testing.assert_close(schedule.predict_x0(x_t, noise, t), x0, rtol=1e-3, atol=1e-4)
+    # the score of N(a x0, s^2) at x_t, by automatic differentiation of its log density
+    x = x_t.clone().requires_grad_()
+    abar = schedule.alphas_cumprod[t].view(3, 1, 1, 1)
+    torch.distributions.Normal(abar.sqrt() * x0, (1 - abar).sqrt()).log_prob(x).sum().backward()
+    torch.testing.assert_close(schedule.score(noise, t), x.grad, rtol=1e-3, atol=1e-2)
+
+
+def test_official_cifar10_configuration_has_the_official_number_of_parameters():
+    unet = UNet(num_classes=10)
+    assert sum(p.numel() for p in unet.parameters()) == 38_632_323
+    assert unet.class_embedding.weight.shape == (11, 128)  # ten classes and the null row
+
+
+def test_time_embedding_is_sines_then_cosines_from_1_to_1_over_10000():
+    e = sinusoidal_embedding(torch.tensor([3]), 8)[0]
+    w = [10000 ** (-i / 3) for i in range(4)]  # half_dim - 1 in the exponent
+    expected = [math.sin(3 * f) for f in w] + [math.cos(3 * f) for f in w]
+    torch.testing.assert_close(e, torch.tensor(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_a_fresh_network_predicts_nothing_and_a_changed_input_changes_the_output(tiny):
+    x, t, c = torch.randn(2, 1, 28, 28), torch.tensor([5, 900]), torch.tensor([1, 2])
+    assert UNet(**TINY)(x, t, c).abs().max() == 0
+    out = tiny(x, t, c)
+    assert out.shape == x.shape
+    for other in (tiny(x + 0.1, t, c), tiny(x, t + 50, c), tiny(x, t, c + 1), tiny(x, t, torch.tensor([10, 10]))):
+        assert (out - other).abs().amax((1, 2, 3)).min() > 1e-4
+
+
+def test_images_of_a_batch_do_not_see_each_other(tiny):
+    x, t, c = torch.randn(3, 1, 28, 28), torch.tensor([5, 500, 900]), torch.tensor([1, 2, 10])
+    together = tiny(x, t, c)
+    alone = torch.cat([tiny(x[i : i + 1], t[i : i + 1], c[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_every_parameter_is_used(tiny):
+    tiny(torch.randn(2, 1, 28, 28), torch.tensor([5, 500]), torch.tensor([1, 10])).square().sum().backward()
+    unused = [name for name, p in tiny.named_parameters() if p.grad is None or not p.grad.any()]
+    assert unused == []
+
+
+def test_dropout_is_active_in_training_mode_only(tiny):
+    x, t, c = torch.randn(2, 1, 28, 28), torch.tensor([5, 900]), torch.tensor([1, 2])
+    assert torch.equal(tiny(x, t, c), tiny(x, t, c))
+    tiny.train()
+    assert not torch.equal(tiny(x, t, c), tiny(x, t, c))
+
+
+def test_conditioning_that_does_not_fit_is_refused(tiny):
+    x, t = torch.randn(1, 1, 28, 28), torch.tensor([5])
+    with pytest.raises(ValueError, match="class-conditional"):
+        tiny(x, t)
+    with pytest.raises(ValueError, match="unconditional"):
+        random_unet(num_classes=None)(x, t, torch.tensor([1]))
+
+
+class Peer:
+    """Steps a diffusers scheduler with our network, as its pipelines do."""
+
+    def __init__(self, name, **settings):
+        diffusers = pytest.importorskip("diffusers")
+        self.scheduler = getattr(diffusers, name)(
+            num_train_timesteps=1000,
+            beta_start=1e-4,
+            beta_end=0.02,
+            beta_schedule="linear",
+            clip_sample=True,
+            timestep_spacing="leading",
+            steps_offset=0,
+            **settings,
+        )
+
+
+@pytest.mark.parametrize("steps, eta", [(10, 0.0), (7, 0.0), (10, 1.0)])
+def test_ddim_is_that_of_diffusers(tiny, steps, eta):
+    scheduler = Peer("DDIMScheduler", set_alpha_to_one=True).scheduler
+    scheduler.set_timesteps(steps)
+    schedule, z, c = VPSchedule.linear(), torch.randn(2, 1, 28, 28), torch.tensor([3, 4])
+    ours = ddim_sample(tiny, schedule, z, c, steps, eta, noise=indexed_noise(0, [0, 1]))
+    x, noise = z, indexed_noise(0, [0, 1])
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            drawn = noise((1, 28, 28)) if eta > 0 and t > 0 else torch.zeros_like(x)
+            x = scheduler.step(
+                tiny(x, t.expand(2), c), t, x, eta=eta, use_clipped_model_output=True, variance_noise=drawn
+            ).prev_sample
+    torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-4)
+
+
+def test_ancestral_sampler_is_that_of_diffusers_and_ddim_at_eta_1(tiny):
+    scheduler = Peer("DDPMScheduler", variance_type="fixed_small").scheduler
+    schedule, z, c = VPSchedule.linear(), torch.randn(2, 1, 28, 28), torch.tensor([3, 4])
+    x0, x_t, t = torch.rand(2, 1, 28, 28), torch.randn(2, 1, 28, 28), 400
+    # one step of the peer's posterior mean, against ours by a network that always predicts the noise that x0 implies
+
+    class Oracle(torch.nn.Module):
+        num_classes = None
+
+        def forward(self, x, t, c=None):
+            return (x - schedule.a(t) * x0) / schedule.s(t)
+
+    zero = lambda shape: torch.zeros(2, *shape)  # noqa: E731
+    trace = []
+    ancestral_sample(lambda x, t, c: trace.append(x) or Oracle()(x, t), schedule, x_t, noise=zero)
+    x = x_t
+    for i, t in enumerate(range(999, 989, -1)):
+        torch.testing.assert_close(trace[i], x, rtol=1e-4, atol=1e-5)
+        peer = scheduler.step(Oracle()(x, torch.tensor([t, t])), t, x, generator=torch.Generator().manual_seed(0))
+        alpha_bar, beta = schedule.alphas_cumprod[t], schedule.betas[t]
+        deviation = ((1 - schedule.alphas_cumprod[t - 1]) / (1 - alpha_bar) * beta).sqrt()
+        x = peer.prev_sample - deviation * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    short = VPSchedule.linear(T=100, beta_start=1e-3, beta_end=0.2)
+    ddim = ddim_sample(tiny, short, z, c, steps=100, eta=1.0, noise=indexed_noise(1, [0, 1]))
+    ancestral = ancestral_sample(tiny, short, z, c, noise=indexed_noise(1, [0, 1]))
+    torch.testing.assert_close(ddim, ancestral, rtol=1e-2, atol=2e-3)
+
+
+def test_ddim_draws_the_data_when_the_network_is_exact():
+    """For data N(mu, 0.25^2) the best noise prediction is known; the sampler must then return that distribution."""
+    schedule, mu, sd = VPSchedule.linear(), 0.3, 0.25
+
+    def exact(x, t, c=None):
+        a, s = schedule.a(t), schedule.s(t)
+        return s * (x - a * mu) / (a**2 * sd**2 + s**2)
+
+    z = torch.randn(4000, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    for steps, eta in ((100, 0.0), (1000, 1.0)):
+        x = ddim_sample(exact, schedule, z, steps=steps, eta=eta, x0_clip=False)
+        assert abs(x.mean().item() - mu) < 0.02 and abs(x.std().item() - sd) < 0.02
+
+
+def test_guidance_follows_its_convention(tiny):
+    x, t, c = torch.randn(2, 1, 28, 28), torch.tensor([5, 900]), torch.tensor([1, 2])
+    cond, null = tiny(x, t, c), tiny(x, t, torch.tensor([10, 10]))
+    torch.testing.assert_close(guided_noise(tiny, x, t, c, 1.0), cond)
+    torch.testing.assert_close(guided_noise(tiny, x, t, c, 0.0), null, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(guided_noise(tiny, x, t, c, 3.0), null + 3 * (cond - null), rtol=1e-4, atol=1e-4)
+
+
+def test_noise_depends_on_seed_and_index_alone():
+    whole, part = indexed_noise(7, range(5)), indexed_noise(7, [3])
+    first, second = whole((1, 4, 4)), whole((1, 4, 4))
+    assert torch.equal(first[3], part((1, 4, 4))[0]) and torch.equal(second[3], part((1, 4, 4))[0])
+    assert not torch.equal(first[3], first[4]) and not torch.equal(first, second)
+    assert not torch.equal(indexed_noise(8, [3])((1, 4, 4))[0], first[3])
+
+
+def test_weights_survive_the_disk_bit_for_bit(tiny, tmp_path):
+    save_unet(tiny, tmp_path / "a.safetensors", seed=3, scores={"fid": 1.5})
+    again = load_unet(tmp_path / "a.safetensors")
+    assert again.config == tiny.config | {"multipliers": [1, 2], "attention_at": [14]} and not again.training
+    assert again.card == {"seed": 3, "scores": {"fid": 1.5}}
+    assert all(torch.equal(a, b) for a, b in zip(tiny.state_dict().values(), again.state_dict().values()))
+    save_unet(
+        again, tmp_path / "b.safetensors", seed=3, scores={"fid": 1.5}
+    )  # and nothing in the file is left to chance
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert {p.name for p in tmp_path.iterdir()} == {"a.safetensors", "b.safetensors"}
+
+
+def test_files_that_are_not_ours_are_refused(tiny, tmp_path):
+    good = tmp_path / "good.safetensors"
+    save_unet(tiny, good)
+    (tmp_path / "cut.safetensors").write_bytes(good.read_bytes()[:-100])
+    (tmp_path / "text.safetensors").write_text("hello")
+    save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    write_tensors(tmp_path / "missing.safetensors", "U-Net", {"x": torch.zeros(1)}, config={}, card={})
+    write_tensors(tmp_path / "other.safetensors", "classifier", {"x": torch.zeros(1)})
+    for name, message in [
+        ("cut", "no readable safetensors"),
+        ("text", "no readable safetensors"),
+        ("foreign", "something of another project"),
+        ("other", "but classifier"),
+        ("missing", "does not hold the U-Net"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_unet(tmp_path / f"{name}.safetensors")
+    with pytest.raises(FileNotFoundError, match="shipped name"):
+        load_unet("no-such-teacher")
