@@ -108,7 +108,7 @@ def generator_loss(teacher, fake_score, x_g, t, c_teacher, c_fake, noise, schedu
     f_phi = schedule.predict_x0(x_t, teacher(x_t, t, c_teacher), t)  # (D3), asked for the safe class
     f_psi = schedule.predict_x0(x_t, fake_score(x_t, t, c_fake), t)  # (D3), asked for what was asked for
     distance = (f_phi - x_g).abs().mean(dim=(1, 2, 3), keepdim=True).detach()
-    w = 1 / distance.clamp(min=1e-5)  # (S4) w = 1 / mean |f_phi - x_g|
+    w = 1 / distance.clamp(min=1e-5)  # (S4) w = 1 / mean |f_phi - x_g|, detached, clamped
     product = (f_phi - f_psi) * (f_phi - x_g - alpha * (f_phi - f_psi))
     return (w * product).sum(dim=(1, 2, 3))  # (S3) w (f_phi - f_psi) . (f_phi - x_g - alpha (f_phi - f_psi))
 
@@ -149,10 +149,10 @@ def read_classes(config, num_classes):
     if config.override == "next":
         override = [min(retained, key=lambda r: (r - k) % num_classes) for k in forget]
     elif config.override != "random":
-        [safe] = parse_classes(config.override, num_classes, "--override") or [None]
-        if safe is None or safe in forget:
+        safe = parse_classes(config.override, num_classes, "--override")
+        if len(safe) != 1 or safe[0] in forget:
             raise ValueError(f"--override {config.override} is no retained class; the retained ones are {retained}")
-        override = [safe] * len(forget)
+        override = safe * len(forget)
     return [None if x is None else torch.tensor(x, dtype=torch.long) for x in (retained, forget, override)]
 
 
@@ -192,7 +192,7 @@ def train(config, run, teacher, schedule, classes, judge=None):
         with run.autocast():
             loss = fake_score_loss(parallel_fake_score, x_g.detach(), t, c, noise, schedule)  # (S2)
         loss_psi = total(loss, n_retained, config.lambda_fake_score)  # (S5)
-        run.update(loss_psi, fake_score, optimizer_psi, config.clip_value)
+        run.update("loss_psi", loss_psi, fake_score, optimizer_psi, config.clip_value)
 
         # 2. the generator moves to where teacher and fake score agree; both stand still, without dropout
         fake_score.eval().requires_grad_(False)
@@ -200,11 +200,11 @@ def train(config, run, teacher, schedule, classes, judge=None):
         with run.autocast():
             loss = generator_loss(teacher, fake_score, x_g, t, c_teacher, c, noise, schedule, config.alpha)  # (S3)
         loss_theta = total(loss, n_retained, config.lambda_generator)  # (S5)
-        run.update(loss_theta, generator, optimizer_theta, config.clip_value)
+        run.update("loss_theta", loss_theta, generator, optimizer_theta, config.clip_value)
         ema.update_parameters(generator)
 
         numbers = {"loss_psi": loss_psi, "loss_theta": loss_theta}
-        if judge and n_forgotten:  # of the images just drawn; the average over steps is on the bar
+        if judge and n_forgotten:  # of the images just drawn
             numbers["ua"] = judge.live_ua(x_g[n_retained:], c[n_retained:])
         run.log(**numbers)
     return ema.module.eval()

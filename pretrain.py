@@ -125,7 +125,7 @@ def train_teacher(config, run):
         snr = schedule.alphas_cumprod[t] / (1 - schedule.alphas_cumprod[t])
         weight = (config.min_snr / snr).clamp(max=1)
         loss = (weight * (eps - noise).square().mean(dim=(1, 2, 3))).mean()
-        run.update(loss, unet, optimizer)
+        run.update("loss", loss, unet, optimizer)
         lr.step()
         ema.update_parameters(unet)
         if step % 10 == 0:
@@ -173,7 +173,7 @@ def train_classifier(config, run):
         with run.autocast():
             logits = classifier(jitter(images[pick]))
         loss = F.cross_entropy(logits.float(), labels[pick], label_smoothing=0.05)
-        run.update(loss, classifier, optimizer)
+        run.update("loss", loss, classifier, optimizer)
         lr.step()
         if step % 10 == 0:
             run.log(loss=loss)

@@ -8,7 +8,7 @@ method file reads well without opening this one. What it calls:
     run = Run(config, folder)                    # device, precision, processes, folder
     for step in run.loop(state):                 # bar, checkpoints, Ctrl-C, resume; state: name -> has a state_dict
         with run.autocast(): ...
-        run.update(loss, network, optimizer)     # backward, clipping, step, in the chosen precision
+        run.update("loss", loss, network, opt)   # backward, clipping, step, in the chosen precision
         run.log(loss=loss)                       # curves and bar; stops at NaN or infinity
     run.finish(metrics)
 """
@@ -60,23 +60,42 @@ def option(default, help, **rules):
     return dataclasses.field(default=default, metadata={"help": help, **rules})
 
 
-def number(kind, low, high):
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        refuse(f"{message} (see --help)")
+
+
+def number(kind, low=None, high=None):
+    """A parser of whole numbers (kind int) or numbers (float) from `low` to `high`, for argparse."""
     def parse_number(text):
         value = kind(text)  # a ValueError here is argparse's to report
-        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
-            limits = " and ".join(
-                filter(None, [low is not None and f"at least {low}", high is not None and f"at most {high}"])
-            )
-            raise argparse.ArgumentTypeError(f"must be {limits or 'finite'}, not {text}")
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"must be finite, not {text}")
+        if low is not None and value < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
+        if high is not None and value > high:
+            raise argparse.ArgumentTypeError(f"must be at most {high}, not {text}")
         return value
-
     parse_number.__name__ = {int: "whole number", float: "number"}[kind]
     return parse_number
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        refuse(f"{message} (see --help)")
+def add_flag(parser, field, default):
+    """One field of a Config as one flag: its type, its limits, its default and its help."""
+    rules, kind = field.metadata, {"int": int, "float": float}.get(getattr(field.type, "__name__", field.type))
+    flag = field.name if rules.get("positional") else "--" + field.name.replace("_", "-")
+    words = {"help": f"{rules['help']} [{default if default != '' else 'none'}]".replace("%", "%%"), "default": default}
+    if field.type in (bool, "bool"):
+        words = {"help": rules["help"], "action": "store_true"}
+    elif rules.get("choices"):
+        words["choices"] = rules["choices"]
+    elif kind:
+        words |= {"type": number(kind, rules.get("low"), rules.get("high")), "metavar": {int: "N", float: "X"}[kind]}
+    else:
+        words["metavar"] = "TEXT"
+    if rules.get("positional") or rules.get("nargs"):
+        words["nargs"] = rules.get("nargs", "?")
+    parser.add_argument(flag, **words)
 
 
 def parse(Config, doc, presets=None, argv=None):
@@ -84,44 +103,15 @@ def parse(Config, doc, presets=None, argv=None):
 
     presets: value of the first field -> {field: value}; these replace the defaults, and flags replace them in turn.
     """
-    argv, fields = sys.argv[1:] if argv is None else list(argv), dataclasses.fields(Config)
-
-    def parser_of(fields, defaults, **settings):
-        parser = OneLineParser(allow_abbrev=False, **settings)
-        for field in fields:
-            rules, default = field.metadata, defaults.get(field.name, field.default)
-            words = {"help": f"{rules['help']} [{default if default != '' else 'none'}]".replace("%", "%%")}
-            if field.type in (bool, "bool"):
-                parser.add_argument("--" + field.name.replace("_", "-"), action="store_true", help=rules["help"])
-                continue
-            if rules.get("positional"):
-                words |= {"nargs": "?"}
-            elif rules.get("nargs"):
-                words |= {"nargs": rules["nargs"]}
-            if rules.get("choices"):
-                words |= {"choices": rules["choices"]}
-            elif field.type in (int, "int", float, "float"):
-                kind = int if field.type in (int, "int") else float
-                words |= {
-                    "type": number(kind, rules.get("low"), rules.get("high")),
-                    "metavar": "N" if kind is int else "X",
-                }
-            else:
-                words |= {"metavar": "TEXT"}
-            parser.add_argument(
-                field.name if rules.get("positional") else "--" + field.name.replace("_", "-"), default=default, **words
-            )
-        return parser
-
-    defaults = {}
+    argv, fields, defaults = sys.argv[1:] if argv is None else argv, dataclasses.fields(Config), {}
     if presets and not {"-h", "--help"} & set(argv):
-        chosen, _ = parser_of(fields[:1], {}, add_help=False).parse_known_args(argv)
-        defaults = presets[getattr(chosen, fields[0].name)]
-    values = vars(
-        parser_of(fields, defaults, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
-            argv
-        )
-    )
+        first = OneLineParser(allow_abbrev=False, add_help=False)
+        add_flag(first, fields[0], fields[0].default)
+        defaults = presets[getattr(first.parse_known_args(argv)[0], fields[0].name)]
+    parser = OneLineParser(allow_abbrev=False, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in fields:
+        add_flag(parser, field, defaults.get(field.name, field.default))
+    values = vars(parser.parse_args(argv))
     return Config(**{k: ",".join(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -235,7 +225,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.curves, self.seconds, self.bar = {}, 0.0, None
-        self.settings = {k: v for k, v in dataclasses.asdict(config).items()}
+        self.settings = dataclasses.asdict(config)
         if self.rank == 0:
             self.claim_folder()
         if self.device.type == "cuda":
@@ -256,16 +246,18 @@ class Run:
             refuse(f"{folder} holds files that are not a run's ({sorted(there - OURS)[0]}); give another --out")
         if self.config.resume and "checkpoint.pt" not in there:
             refuse(f"--resume: {folder} holds no checkpoint.pt; run without --resume, or name the run's --out")
-        if there:
-            before = json.loads(saved.read_text()) if saved.exists() else {}
-            changed = [k for k, v in self.settings.items() if k not in MAY_CHANGE and before.get(k) != v]
-            if changed and saved.exists():
-                k = changed[0]
-                refuse(f"{folder} holds a run with {k} = {before.get(k)!r}, not {self.settings[k]!r}; give another --out")
-            if not self.config.resume and "checkpoint.pt" in there and "metrics.json" not in there:
-                refuse(f"{folder} holds an unfinished run; add --resume to go on with it, or give another --out")
+        if saved.exists():
+            with refusing(f"{saved} is not a run's: "):
+                before = json.loads(saved.read_text())
+            for k in [k for k in self.settings if k not in MAY_CHANGE and before.get(k) != self.settings[k]]:
+                refuse(f"{folder} holds a run with {k} {before.get(k)!r}, not {self.settings[k]!r}; give another --out")
+        if not self.config.resume and "checkpoint.pt" in there and "metrics.json" not in there:
+            refuse(f"{folder} holds an unfinished run; add --resume to go on with it, or give another --out")
         with refusing("--out: "):
             folder.mkdir(parents=True, exist_ok=True)
+            (folder / "metrics.json").unlink(missing_ok=True)  # it is there when a run is done, and only then
+            if not self.config.resume:
+                (folder / "checkpoint.pt").unlink(missing_ok=True)
             write_json(saved, self.settings)
 
     # -- precision and processes
@@ -279,19 +271,30 @@ class Run:
             return network
         return DistributedDataParallel(network, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
-    def update(self, loss, network, optimizer, clip_value=None):
+    def update(self, name, loss, network, optimizer, clip_value=None):
         """One optimizer step down `loss`; gradients clipped by value. With fp16 the loss is scaled against underflow,
-        and a step whose scaled gradients overflow is skipped, as usual; else NaN or infinity in them stops the run."""
+        and a step whose scaled gradients overflow is skipped, as usual; any other NaN or infinity stops the run."""
         optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(optimizer)
         gradients = [p.grad for p in network.parameters() if p.grad is not None]
-        if not self.scaler.is_enabled() and not torch.stack(torch._foreach_norm(gradients)).isfinite().all():
-            self.stop(f"the gradient of {type(network).__name__}")
+        finite = torch.stack([loss.detach(), *torch._foreach_norm(gradients)]).isfinite()
+        if not finite[0]:
+            self.stop(name)
+        if not finite.all() and not self.scaler.is_enabled():
+            self.stop(f"the gradient of {name}")
         if clip_value:
             torch.nn.utils.clip_grad_value_(network.parameters(), clip_value)
         self.scaler.step(optimizer)
         self.scaler.update()
+
+    def any_process(self, flag):
+        """Whether `flag` is true in any of the processes; all of them must ask."""
+        if self.world == 1:
+            return bool(flag)
+        flag = torch.tensor(float(bool(flag)), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return flag.item() > 0
 
     # -- the loop
 
@@ -301,27 +304,27 @@ class Run:
         self.state, path = state, self.folder / "checkpoint.pt"
         self.step = self.restore(path) if self.config.resume else 0
         interrupted = []
-        previous = signal.signal(
-            signal.SIGINT, lambda *_: interrupted.append(True) or signal.signal(signal.SIGINT, previous)
-        )
-        self.bar = tqdm(
-            total=self.config.steps,
-            initial=self.step,
-            desc=label,
-            disable=self.rank > 0,
-            mininterval=0.5 if sys.stderr.isatty() else 20,
-        )
+
+        def remember(*_):  # and let a second Ctrl-C end it at once
+            interrupted.append(True)
+            signal.signal(signal.SIGINT, previous)
+
+        previous = signal.signal(signal.SIGINT, remember)
+        self.bar = tqdm(total=self.config.steps, initial=self.step, desc=label, disable=self.rank > 0,
+                        mininterval=0.5 if sys.stderr.isatty() else 20)  # a log file wants fewer lines
         while self.step < self.config.steps:
             yield self.step
             self.step += 1
             self.seconds, self.clock = self.seconds + time.perf_counter() - self.clock, time.perf_counter()
             self.bar.update()
-            if interrupted or self.step == self.config.steps or self.step % self.config.save_every == 0:
+            stop = self.any_process(interrupted)
+            if stop or self.step == self.config.steps or self.step % self.config.save_every == 0:
                 self.save(path)
-            if interrupted:
+            if stop:
                 self.bar.close()
-                words = [w for w in sys.argv if w != "--resume"]
-                print(f"\nstopped after step {self.step}; to go on:\n    python {shlex.join(words)} --resume")
+                words = shlex.join([w for w in sys.argv if w != "--resume"])
+                if self.rank == 0:
+                    print(f"\nstopped after step {self.step}; to go on:\n    python {words} --resume")
                 sys.exit(130)
         self.bar.close()
         signal.signal(signal.SIGINT, previous)
@@ -333,37 +336,28 @@ class Run:
             if not math.isfinite(value):
                 self.stop(name)
             self.curves.setdefault(name, []).append(value)
-        self.bar.set_postfix_str("  ".join(f"{k} {v:.4g}" for k, v in numbers.items()), refresh=False)
+        recent = {name: self.curves[name][-20:] for name in numbers}  # the bar shows their mean
+        self.bar.set_postfix_str("  ".join(f"{k} {sum(v) / len(v):.4g}" for k, v in recent.items()), refresh=False)
 
     def stop(self, name):
         """NaN and infinity are never passed over: the run ends here, and the last checkpoint stays as it was."""
         self.bar.close()
-        print(
-            f"{Path(sys.argv[0]).name}: error: {name} is not finite at step {self.step}; the checkpoint in {self.folder} "
-            "is from before; try a smaller learning rate or --amp off",
-            file=sys.stderr,
-        )
+        print(f"{Path(sys.argv[0]).name}: error: {name} is not finite at step {self.step}; a checkpoint in "
+              f"{self.folder} is from before. Try a smaller learning rate, or --amp off", file=sys.stderr)
         sys.exit(1)
 
     # -- checkpoints
 
     def save(self, path):
         """All that the next step depends on, in one move: networks, optimizers, EMA, random state of every process."""
-        random = [None] * self.world
-        mine = {
-            "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
-        }
-        dist.all_gather_object(random, mine) if self.world > 1 else random.__setitem__(0, mine)
+        cuda = self.device.type == "cuda"
+        mine = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None}
+        random = [mine] * self.world
+        if self.world > 1:
+            dist.all_gather_object(random, mine)
         if self.rank == 0:
-            content = {
-                "step": self.step,
-                "seconds": self.seconds,
-                "random": random,
-                "curves": self.curves,
-                "scaler": self.scaler.state_dict(),
-                "state": {k: v.state_dict() for k, v in self.state.items()},
-            }
+            content = {"step": self.step, "seconds": self.seconds, "random": random, "curves": self.curves,
+                       "scaler": self.scaler.state_dict(), "state": {k: v.state_dict() for k, v in self.state.items()}}
             write_atomically(path, lambda temporary: torch.save(content, temporary))
 
     def restore(self, path):
@@ -390,20 +384,10 @@ class Run:
         """Write curves.png, and metrics.json with what the numbers were made with and on; leave the process group."""
         if self.rank == 0:
             plot_curves(self.curves, self.folder / "curves.png")
-            metrics = metrics | {"seconds": self.elapsed()}
             command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-            write_json(
-                self.folder / "metrics.json",
-                {
-                    **metrics,
-                    "command": command,
-                    "seed": self.config.seed,
-                    "machine": machine(self.device),
-                    "amp": str(self.dtype or torch.float32).removeprefix("torch."),
-                    "processes": self.world,
-                    "commit": commit(),
-                    "config": self.settings,
-                },
-            )
+            write_json(self.folder / "metrics.json", metrics | {
+                "seconds": self.elapsed(), "command": command, "seed": self.config.seed, "processes": self.world,
+                "amp": str(self.dtype or torch.float32).removeprefix("torch."), "machine": machine(self.device),
+                "commit": commit(), "config": self.settings})
         if self.world > 1:
             dist.destroy_process_group()

@@ -302,7 +302,7 @@ def ancestral_sample(unet, schedule, z, c=None, guidance=1.0, x0_clip=True, nois
 
 
 def weights_path(source):
-    """The file of a shipped name ("mnist"), or a path that ends in .safetensors. FileNotFoundError if it is not there."""
+    """The file of a shipped name ("mnist"), or a path that ends in .safetensors. FileNotFoundError if not there."""
     path = Path(source) if str(source).endswith(".safetensors") else WEIGHTS / f"{source}.safetensors"
     if not path.is_file():
         shipped = ", ".join(sorted(p.stem for p in WEIGHTS.glob("*.safetensors"))) or "none"

@@ -85,17 +85,29 @@ def test_two_processes_train_one_network_and_one_writes(tmp_path, tiny_file):
 GRADIENTS = """
 import sys
 import torch
-sys.path.insert(0, {root!r})
-from run import Run
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 from dataclasses import make_dataclass
+from conftest import random_unet
+from ddpm_sfd import Config, read_classes, train
+from run import Run
+from unet import VPSchedule
 
+# one step of plain gradient descent on a batch that is split over the processes
 settings = {{"device": "cpu", "amp": "off", "seed": 0, "out": {out!r}, "resume": False, "steps": 1, "save_every": 9}}
-run = Run(make_dataclass("Config", settings)(**settings), "")
+run = Run(make_dataclass("Settings", settings)(**settings), "")
 torch.manual_seed(0)
 net = torch.nn.Linear(3, 1)
 x = torch.arange(12.0).view(4, 3)[run.rank * 2:run.rank * 2 + 2]
-run.update(run.parallel(net)(x).square().mean(), net, torch.optim.SGD(net.parameters(), lr=0.1))
-torch.save(net.state_dict(), {out!r} + f"/rank{{run.rank}}.pt")
+run.update("loss", run.parallel(net)(x).square().mean(), net, torch.optim.SGD(net.parameters(), lr=0.1))
+torch.save(net.state_dict(), {out!r} + f"/linear{{run.rank}}.pt")
+
+# three steps of SFD, each process with labels and noise of its own
+torch.distributed.destroy_process_group()
+config = Config(steps=3, batch_size=8, forget_batch_size=4, amp="off", out={out!r} + "-sfd")
+run = Run(config, "")
+train(config, run, random_unet(image_size=8, attention_at=(4,)), VPSchedule.linear(), read_classes(config, 10))
+torch.save({{name: run.state[name].state_dict() for name in ("fake_score", "generator")}}, {out!r} + f"/sfd{{run.rank}}.pt")
+torch.save(torch.get_rng_state(), {out!r} + f"/random{{run.rank}}.pt")
 torch.distributed.destroy_process_group()
 """
 
@@ -110,10 +122,14 @@ def test_gradients_over_processes_are_those_of_the_whole_batch(tmp_path):
     net = torch.nn.Linear(3, 1)
     net(torch.arange(12.0).view(4, 3)).square().mean().backward()
     torch.optim.SGD(net.parameters(), lr=0.1).step()
+    read = lambda name: torch.load(tmp_path / f"out/{name}.pt", weights_only=True)
     for rank in (0, 1):
-        saved = torch.load(tmp_path / f"out/rank{rank}.pt", weights_only=True)
-        torch.testing.assert_close(saved["weight"], net.weight.data)
-        torch.testing.assert_close(saved["bias"], net.bias.data)
+        torch.testing.assert_close(read(f"linear{rank}")["weight"], net.weight.data)
+        torch.testing.assert_close(read(f"linear{rank}")["bias"], net.bias.data)
+    assert not torch.equal(read("random0"), read("random1"))
+    for name, first in read("sfd0").items():  # different batches, one network
+        second = read("sfd1")[name]
+        assert all(torch.equal(first[k], second[k]) for k in first), name
 
 
 # ------------------------------------------------------------------ in this process
@@ -153,11 +169,12 @@ def test_a_finished_run_is_replaced_by_the_same_command_only(tmp_path, capsys):
     for step in first.loop({}):
         first.log(loss=step)
     first.finish({"ua": 1.0})
-    Run(config, "")  # the same again: may be made anew
     with pytest.raises(SystemExit):
         Run(Config(out=config.out, lr=0.25), "")
-    assert "lr = 0.5" in capsys.readouterr().err
-    assert json.loads((tmp_path / "run/metrics.json").read_text())["ua"] == 1.0
+    assert "lr 0.5, not 0.25" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["ua"] == 1.0  # untouched
+    Run(config, "")  # the same again is made anew
+    assert not (tmp_path / "run/metrics.json").exists() and not (tmp_path / "run/checkpoint.pt").exists()
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path, capsys):
@@ -189,25 +206,34 @@ def test_update_clips_each_gradient_entry(tmp_path):
     run = Run(Config(out=str(tmp_path / "run")), "")
     net = torch.nn.Linear(2, 1, bias=False)
     before = net.weight.data.clone()
-    run.update(
-        (net.weight * torch.tensor([[0.25, -50.0]])).sum(),
-        net,
-        torch.optim.SGD(net.parameters(), lr=1.0),
-        clip_value=1.0,
-    )
+    loss = (net.weight * torch.tensor([[0.25, -50.0]])).sum()
+    run.update("loss", loss, net, torch.optim.SGD(net.parameters(), lr=1.0), clip_value=1.0)
     torch.testing.assert_close(before - net.weight.data, torch.tensor([[0.25, -1.0]]))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(tmp_path, capsys, value):
+class Root(torch.autograd.Function):
+    """A finite value whose gradient is not."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("inf")
+
+
+@pytest.mark.parametrize("what", ["loss_psi", "the gradient of loss_psi"])
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_the_step(tmp_path, capsys, what):
     run = Run(Config(out=str(tmp_path / "run")), "")
     net = torch.nn.Linear(2, 1)
     before = net.weight.data.clone()
     steps = run.loop({})
     next(steps)
+    loss = net.weight.sum() * float("nan") if what == "loss_psi" else Root.apply(net.weight).sum()
     with pytest.raises(SystemExit) as exit:
-        run.update((net.weight * value).sum(), net, torch.optim.SGD(net.parameters(), lr=1.0), clip_value=1.0)
-    assert exit.value.code == 1 and "gradient of Linear is not finite at step 0" in capsys.readouterr().err
+        run.update("loss_psi", loss, net, torch.optim.SGD(net.parameters(), lr=1.0), clip_value=1.0)
+    assert exit.value.code == 1 and f"error: {what} is not finite at step 0" in capsys.readouterr().err
     assert torch.equal(before, net.weight.data)
 
 
