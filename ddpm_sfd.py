@@ -58,18 +58,20 @@ class Config:
     forget: str = option("0", "class or classes to forget; none: plain distillation", nargs="+")
     override: str = option("next", "the safe class: a number, next (the next retained one) or random (drawn each time)")
     teacher: str = option("mnist", "a shipped name or a .safetensors file")
-    steps: int = option(300, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)
-    batch_size: int = option(48, "images of retained classes a step, over all processes; official: 128", low=1)
-    forget_batch_size: int = option(12, "images of forgotten classes a step; official: as many as retained ones", low=1)
-    lr_generator: float = option(1e-4, "learning rate of theta; official: 1e-5", low=0)
-    lr_fake_score: float = option(4e-4, "learning rate of psi; official: 1e-5, two-stage 3e-5", low=0)
+    steps: int = option(120, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)
+    batch_size: int = option(32, "images of retained classes a step, over all processes; official: 128", low=1)
+    forget_batch_size: int = option(8, "images of forgotten classes a step; official: as many as retained ones", low=1)
+    lr_generator: float = option(5e-4, "learning rate of theta; official: 1e-5", low=0)
+    lr_fake_score: float = option(2e-3, "learning rate of psi; official: 1e-5, two-stage 3e-5", low=0)
+    lr_end: float = option(0.1, "share of both rates that is left at the end of a linear decay; official: 1, constant",
+                           low=0, high=1)
     alpha: float = option(1.0, "alpha of (S3); official: 1.2")
-    lambda_generator: float = option(0.1, "lambda of (S5) for theta; official: 0.01", low=0)
-    lambda_fake_score: float = option(0.1, "lambda of (S5) for psi; official: 0.01", low=0)
+    lambda_generator: float = option(0.5, "lambda of (S5) for theta; official: 0.01", low=0)
+    lambda_fake_score: float = option(0.5, "lambda of (S5) for psi; official: 0.01", low=0)
     t_init: int = option(440, "the noise level that the generator works at; official: 440", low=0, high=999)
     t_min: int = option(20, "first step at which the scores are compared; official: 38", low=0, high=999)
-    t_max: int = option(712, "the step before which they end; official: 712", low=1, high=1000)
-    ema: float = option(0.99, "decay of theta's weight average, the result; official: 0.9999", low=0, high=1)
+    t_max: int = option(600, "the step before which they end; official: 712", low=1, high=1000)
+    ema: float = option(0.97, "decay of theta's weight average, the result; official: 0.9999", low=0, high=1)
     clip_value: float = option(1.0, "each gradient entry is clipped to +-this; official: 1", low=0)
     amp: str = option("auto", "mixed precision; auto: bf16 where it is native", choices=["auto", "bf16", "fp16", "off"])
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
@@ -77,7 +79,7 @@ class Config:
     out: str = option("", "run folder; runs/ddpm_sfd-<preset>-forget<classes> if not given")
     resume: bool = option(False, "go on from the checkpoint in the run folder")
     save_every: int = option(500, "steps between checkpoints", low=1)
-    eval_images: int = option(500, "images of each class that the metrics look at", low=2)
+    eval_images: int = option(300, "images of each class that the metrics look at", low=2)
     classifier: str = option("mnist-classifier", "the metrics' classifier: a shipped name or file; none: no metrics")
 
 
@@ -171,8 +173,10 @@ def train(config, run, teacher, schedule, classes, judge=None):
     ema = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     optimizer_psi = torch.optim.Adam(fake_score.parameters(), lr=config.lr_fake_score, betas=(0.0, 0.999), eps=1e-8)
     optimizer_theta = torch.optim.Adam(generator.parameters(), lr=config.lr_generator, betas=(0.0, 0.999), eps=1e-8)
-    state = {"fake_score": fake_score, "generator": generator, "ema": ema,
-             "optimizer_psi": optimizer_psi, "optimizer_theta": optimizer_theta}
+    decays = [torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, config.lr_end, config.steps)
+              for optimizer in (optimizer_psi, optimizer_theta)]
+    state = {"fake_score": fake_score, "generator": generator, "ema": ema, "optimizer_psi": optimizer_psi,
+             "optimizer_theta": optimizer_theta, "decay_psi": decays[0], "decay_theta": decays[1]}
     parallel_fake_score, parallel_generator = run.parallel(fake_score), run.parallel(generator)
 
     def draw_t_and_noise(x):
@@ -202,6 +206,8 @@ def train(config, run, teacher, schedule, classes, judge=None):
         loss_theta = total(loss, n_retained, config.lambda_generator)  # (S5)
         run.update("loss_theta", loss_theta, generator, optimizer_theta, config.clip_value)
         ema.update_parameters(generator)
+        for decay in decays:
+            decay.step()
 
         numbers = {"loss_psi": loss_psi, "loss_theta": loss_theta}
         if judge and n_forgotten:  # of the images just drawn

@@ -418,7 +418,7 @@ class Config:
     eta: float = option(0.0, "ddim: 0 deterministic, 1 as much noise as the ancestral sampler", low=0, high=1)
     guidance: float = option(1.0, "null + guidance (cond - null); 1 is none")
     forget: str = option("auto", "classes that should be gone; auto: what the checkpoint's card says; none", nargs="+")
-    per_class: int = option(500, "images of each class; FIDs compare only at equal numbers", low=2)
+    per_class: int = option(300, "images of each class; FIDs compare only at equal numbers", low=2)
     data: str = option("", "folder with MNIST: adds precision and recall against its training images")
     classifier: str = option("mnist-classifier", "shipped name or file")
     statistics: str = option("mnist-statistics", "shipped name or file")

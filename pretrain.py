@@ -66,7 +66,7 @@ class Config:
     ema: float = option(0.999, "decay of the weight average that is kept; teachers", low=0, high=1)
     label_dropout: float = option(0.1, "share of labels replaced by 'none', for guidance; teachers", low=0, high=1)
     min_snr: float = option(5.0, "loss weight min(SNR, this) / SNR (Hang et al. 2023, 'Min-SNR'); teachers", low=0)
-    per_class: int = option(500, "teacher images of each class; statistics", low=2)
+    per_class: int = option(300, "teacher images of each class; statistics", low=2)
     snapshot_every: int = option(
         2500, "steps between teachers kept on the side, to see when training stops helping", low=1
     )

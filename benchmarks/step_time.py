@@ -1,6 +1,6 @@
 """Seconds a training step of ddpm_sfd.py, against the loop one would write first.
 
-    python benchmarks/step_time.py mnist            # the shipped teacher's network, 48 + 12 images
+    python benchmarks/step_time.py mnist            # the shipped teacher's network, 32 + 8 images
     python benchmarks/step_time.py cifar10          # the official CIFAR-10 network, 4 + 4 images (--batch-size changes it)
 
 Both loops run here in turn, a step of one and a step of the other, in one process, so that they see the same machine.
@@ -27,7 +27,7 @@ from pretrain import TEACHER  # noqa: E402
 from run import choose_amp, choose_device, commit, machine, write_json  # noqa: E402
 from unet import UNet, VPSchedule  # noqa: E402
 
-NETWORKS = {"mnist": (TEACHER, 48, 12), "cifar10": (dict(num_classes=10), 4, 4)}
+NETWORKS = {"mnist": (TEACHER, 32, 8), "cifar10": (dict(num_classes=10), 4, 4)}
 
 
 class Loop:

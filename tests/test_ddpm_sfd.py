@@ -303,7 +303,7 @@ def test_plain_distillation_runs_without_a_forgotten_class(tmp_path, tiny_file):
 
 BAD = [
     (["--forget", "10"], "the classes are 0..9"),
-    (["--forget", "-1"], "expected at least one argument"),
+    (["--forget", "-1"], "the classes are 0..9"),
     (["--forget", "zero"], "the classes are 0..9"),
     (["--forget", "0", "--override", "0"], "no retained class"),
     (["--forget", "0", "--override", "12"], "the classes are 0..9"),

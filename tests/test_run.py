@@ -86,28 +86,26 @@ GRADIENTS = """
 import sys
 import torch
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-from dataclasses import make_dataclass
 from conftest import random_unet
 from ddpm_sfd import Config, read_classes, train
 from run import Run
 from unet import VPSchedule
 
+config = Config(steps=3, batch_size=8, forget_batch_size=4, amp="off", out={out!r})
+run = Run(config, "")
+own_random_state = torch.get_rng_state()
+
 # one step of plain gradient descent on a batch that is split over the processes
-settings = {{"device": "cpu", "amp": "off", "seed": 0, "out": {out!r}, "resume": False, "steps": 1, "save_every": 9}}
-run = Run(make_dataclass("Settings", settings)(**settings), "")
 torch.manual_seed(0)
 net = torch.nn.Linear(3, 1)
 x = torch.arange(12.0).view(4, 3)[run.rank * 2:run.rank * 2 + 2]
 run.update("loss", run.parallel(net)(x).square().mean(), net, torch.optim.SGD(net.parameters(), lr=0.1))
-torch.save(net.state_dict(), {out!r} + f"/linear{{run.rank}}.pt")
 
 # three steps of SFD, each process with labels and noise of its own
-torch.distributed.destroy_process_group()
-config = Config(steps=3, batch_size=8, forget_batch_size=4, amp="off", out={out!r} + "-sfd")
-run = Run(config, "")
+torch.set_rng_state(own_random_state)
 train(config, run, random_unet(image_size=8, attention_at=(4,)), VPSchedule.linear(), read_classes(config, 10))
-torch.save({{name: run.state[name].state_dict() for name in ("fake_score", "generator")}}, {out!r} + f"/sfd{{run.rank}}.pt")
-torch.save(torch.get_rng_state(), {out!r} + f"/random{{run.rank}}.pt")
+torch.save({{"linear": net.state_dict(), "random": torch.get_rng_state(),
+            **{{name: run.state[name].state_dict() for name in ("fake_score", "generator")}}}}, {out!r} + f"/rank{{run.rank}}.pt")
 torch.distributed.destroy_process_group()
 """
 
@@ -122,14 +120,13 @@ def test_gradients_over_processes_are_those_of_the_whole_batch(tmp_path):
     net = torch.nn.Linear(3, 1)
     net(torch.arange(12.0).view(4, 3)).square().mean().backward()
     torch.optim.SGD(net.parameters(), lr=0.1).step()
-    read = lambda name: torch.load(tmp_path / f"out/{name}.pt", weights_only=True)
-    for rank in (0, 1):
-        torch.testing.assert_close(read(f"linear{rank}")["weight"], net.weight.data)
-        torch.testing.assert_close(read(f"linear{rank}")["bias"], net.bias.data)
-    assert not torch.equal(read("random0"), read("random1"))
-    for name, first in read("sfd0").items():  # different batches, one network
-        second = read("sfd1")[name]
-        assert all(torch.equal(first[k], second[k]) for k in first), name
+    first, second = (torch.load(tmp_path / f"out/rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    for saved in (first, second):
+        torch.testing.assert_close(saved["linear"]["weight"], net.weight.data)
+        torch.testing.assert_close(saved["linear"]["bias"], net.bias.data)
+    assert not torch.equal(first["random"], second["random"])
+    for name in ("fake_score", "generator"):  # different batches, one network
+        assert all(torch.equal(first[name][k], second[name][k]) for k in first[name]), name
 
 
 # ------------------------------------------------------------------ in this process
