@@ -99,11 +99,13 @@ own_random_state = torch.get_rng_state()
 torch.manual_seed(0)
 net = torch.nn.Linear(3, 1)
 x = torch.arange(12.0).view(4, 3)[run.rank * 2:run.rank * 2 + 2]
-run.update("loss", run.parallel(net)(x).square().mean(), net, torch.optim.SGD(net.parameters(), lr=0.1))
+parallel = run.parallel(net)
+run.update("loss", parallel(x).square().mean(), net, torch.optim.SGD(net.parameters(), lr=0.1))
 
 # three steps of SFD, each process with labels and noise of its own
+teacher = random_unet(image_size=8, attention_at=(4,))
 torch.set_rng_state(own_random_state)
-train(config, run, random_unet(image_size=8, attention_at=(4,)), VPSchedule.linear(), read_classes(config, 10))
+train(config, run, teacher, VPSchedule.linear(), read_classes(config, 10))
 torch.save({{"linear": net.state_dict(), "random": torch.get_rng_state(),
             **{{name: run.state[name].state_dict() for name in ("fake_score", "generator")}}}}, {out!r} + f"/rank{{run.rank}}.pt")
 torch.distributed.destroy_process_group()
