@@ -392,7 +392,7 @@ def table(result):
         ),
         (
             "FID on retained classes",
-            f"{result['fid']:.2f}   (teacher {result['teacher_fid']:.2f}, real images {result['real_test_fid']:.2f})",
+            f"{result['fid']:.3f}   (teacher {result['teacher_fid']:.3f}, real images {result['real_test_fid']:.3f})",
         ),
         ("inception score", f"{result['inception_score']:.2f}"),
         ("network calls an image", f"{result['nfe']}"),

@@ -15,7 +15,7 @@ README = HERE.parent / "README.md"
 
 
 def spread(values, form):
-    return f"{form.format(mean(values))} ± {form.format(stdev(values))}"
+    return form.format(mean(values)) + (f" ± {form.format(stdev(values))}" if len(values) > 1 else "")
 
 
 def all_classes():
