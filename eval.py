@@ -28,6 +28,7 @@ from pathlib import Path
 
 import matplotlib.figure
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from tqdm import tqdm
@@ -225,17 +226,13 @@ class Judge:
 
     def __init__(self, unet, classifier="mnist-classifier", statistics="mnist-statistics"):
         if unet.image_shape != (1, 28, 28) or unet.num_classes != 10:
-            raise ValueError(
-                f"{unet.path} draws {unet.num_classes} classes of shape {unet.image_shape}; the classifier "
-                "reads 10 of shape (1, 28, 28), so give --classifier none"
-            )
+            raise ValueError(f"{unet.path} draws {unet.num_classes} classes of {unet.image_shape}; the classifier "
+                             "reads 10 of shape (1, 28, 28), so give --classifier none")
         self.device = next(unet.parameters()).device
         self.classifier = load_classifier(classifier).to(self.device)
         self.statistics, self.facts = load_statistics(statistics)
         if self.facts["classifier_sha256"] != checksum(weights_path(classifier)):
-            raise ValueError(
-                f"the statistics {statistics!r} were not made with the classifier {classifier!r}; see pretrain.py"
-            )
+            raise ValueError(f"the statistics {statistics!r} were not made with {classifier!r}; see pretrain.py")
 
     def to(self, device):
         self.device, self.classifier = device, self.classifier.to(device)
@@ -305,12 +302,8 @@ def report(labels, features, probabilities, statistics, forget=()):
             "ua": unlearning_accuracy(labels, predictions, forget),
             "ua_images": int(asked.sum()),
             "entropy_forgotten": entropy(probabilities[asked]),
-            "became": {
-                k: torch.bincount(predictions[labels == k], minlength=probabilities.shape[1])
-                .div((labels == k).sum())
-                .tolist()
-                for k in forget
-            },
+            "became": {k: F.one_hot(predictions[labels == k], probabilities.shape[1]).double().mean(0).tolist()
+                       for k in forget},
         }
     return result
 
@@ -323,15 +316,11 @@ def evaluate(sample, nfe, judge, unet, forget, per_class, seed, teacher_sample=N
     precision and recall against. nfe: network calls an image, for the record.
     """
     labels = balanced_labels(unet.num_classes, per_class)
-    images, seconds = generate(
-        sample, labels, unet.image_shape, seed, judge.device, batch, bar="images for the metrics"
-    )
+    images, seconds = generate(sample, labels, unet.image_shape, seed, judge.device, batch, "to judge")
     features, probabilities = judge(images)
     statistics, accuracies = judge.statistics, judge.facts["teacher"]["class_accuracy"]
     if teacher_sample and checksum(unet.path) != judge.facts["teacher"]["sha256"]:
-        its_images, _ = generate(
-            teacher_sample, labels, unet.image_shape, seed, judge.device, batch, bar="the teacher's images"
-        )
+        its_images, _ = generate(teacher_sample, labels, unet.image_shape, seed, judge.device, batch, "teacher")
         its_features, its_probabilities = judge(its_images)
         statistics = statistics | {"teacher": class_moments(its_features, labels)}
         accuracies = [*class_accuracies(labels, its_probabilities.argmax(1)).values()]
@@ -339,18 +328,11 @@ def evaluate(sample, nfe, judge, unet, forget, per_class, seed, teacher_sample=N
     kept = [k for k in range(unet.num_classes) if k not in forget]
     result["teacher_retained_accuracy"] = sum(accuracies[k] for k in kept) / len(kept)
     if real is not None:
-        result["precision"], result["recall"] = precision_recall(
-            judge(real)[0], features[torch.isin(labels, as_classes(kept))]
-        )
-    return result | {
-        "nfe": nfe,
-        "seconds_per_1000": 1000 * seconds / len(labels),
-        "images_per_class": per_class,
-        "evaluation_seed": seed,
-        "features": judge.facts["features"],
-        "reference": judge.facts["reference"],
-        "preprocessing": "clipped to [-1, 1], rounded to 8 bits, real and generated alike",
-    }
+        generated = features[torch.isin(labels, as_classes(kept))]
+        result["precision"], result["recall"] = precision_recall(judge(real)[0], generated)
+    return result | {"nfe": nfe, "seconds_per_1000": 1000 * seconds / len(labels), "images_per_class": per_class,
+                     "features": judge.facts["features"], "reference": judge.facts["reference"],
+                     "evaluation_seed": seed, "preprocessing": "clipped to [-1, 1], rounded to 8 bits, real and generated alike"}
 
 
 # ---------------------------------------------------------------------------- for people
@@ -379,21 +361,13 @@ def table(result):
         for k, shares in result["became"].items():
             best = sorted(enumerate(shares), key=lambda item: -item[1])[:3]
             rows.append((f"asked for {k}, it draws", ", ".join(f"{share:.1%} {j}s" for j, share in best if share > 0)))
+    accuracy = {k: f"{k}: {v:.1%}" for k, v in result["class_accuracy"].items() if k not in result.get("became", {})}
+    teacher = result["teacher_retained_accuracy"]
     rows += [
-        (
-            "retained accuracy",
-            f"{result['retained_accuracy']:.2%}   (teacher {result['teacher_retained_accuracy']:.2%})",
-        ),
-        (
-            "by class",
-            "  ".join(
-                f"{k}: {v:.1%}" for k, v in result["class_accuracy"].items() if k not in result.get("became", {})
-            ),
-        ),
-        (
-            "FID on retained classes",
-            f"{result['fid']:.3f}   (teacher {result['teacher_fid']:.3f}, real images {result['real_test_fid']:.3f})",
-        ),
+        ("retained accuracy", f"{result['retained_accuracy']:.2%}   (teacher {teacher:.2%})"),
+        ("by class", "  ".join(accuracy.values())),
+        ("FID on retained classes", f"{result['fid']:.3f}   (teacher {result['teacher_fid']:.3f}, "
+                                    f"real test images {result['real_test_fid']:.3f})"),
         ("inception score", f"{result['inception_score']:.2f}"),
         ("network calls an image", f"{result['nfe']}"),
         ("seconds per 1,000 images", f"{result['seconds_per_1000']:.2f}"),
@@ -461,23 +435,11 @@ def main(config):
         refuse(f"--sampler one-step: {config.checkpoint} is not a distilled generator (its card has no t_init)")
     schedule = VPSchedule.linear().to(device)
     sample, nfe = sampler_of(unet, schedule, kind, config.steps, config.eta, config.guidance)
-    result = evaluate(
-        sample, nfe, judge, unet, forget, config.per_class, config.seed, real=real, batch=config.batch_size
-    )
+    result = evaluate(sample, nfe, judge, unet, forget, config.per_class, config.seed, None, real, config.batch_size)
     print(table(result))
     if config.out:
-        write_json(
-            config.out,
-            result
-            | {
-                "checkpoint": config.checkpoint,
-                "sampler": kind,
-                "forget": forget,
-                "machine": machine(device),
-                "commit": commit(),
-                "config": asdict(config),
-            },
-        )
+        write_json(config.out, result | {"checkpoint": config.checkpoint, "sampler": kind, "forget": forget,
+                                         "machine": machine(device), "commit": commit(), "config": asdict(config)})
 
 
 if __name__ == "__main__":
