@@ -332,7 +332,8 @@ def evaluate(sample, nfe, judge, unet, forget, per_class, seed, teacher_sample=N
         result["precision"], result["recall"] = precision_recall(judge(real)[0], generated)
     return result | {"nfe": nfe, "seconds_per_1000": 1000 * seconds / len(labels), "images_per_class": per_class,
                      "features": judge.facts["features"], "reference": judge.facts["reference"],
-                     "evaluation_seed": seed, "preprocessing": "clipped to [-1, 1], rounded to 8 bits, real and generated alike"}
+                     "evaluation_seed": seed,
+                     "preprocessing": "clipped to [-1, 1], rounded to 8 bits, real and generated alike"}
 
 
 # ---------------------------------------------------------------------------- for people
