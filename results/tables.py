@@ -66,7 +66,7 @@ def step_time():
     return [
         *lines,
         "",
-        f"Median of {len(r['seconds']['ours'])} steps, both loops in turn in one process; {r['machine']}, {r['precision'].removeprefix('torch.')}; "
+        f"Median over the timed steps (their times are in the JSON), both loops in turn in one process; {r['machine']}, {r['precision'].removeprefix('torch.')}; "
         f"memory: {r['memory_is']}. Made by `python benchmarks/step_time.py`.",
     ]
 
