@@ -60,7 +60,7 @@ def step_time():
         r = json.loads(path.read_text())
         memory = r["peak_memory_bytes"]
         lines.append(
-            f"| {r['network']} | {r['batch'][0]} + {r['batch'][1]} | {r['median']['plain']:.3f} s | {r['median']['ours']:.3f} s | {r['speedup']:.2f} "
+            f"| {r['network']} | {r['batch'][0]} + {r['batch'][1]}, {len(r['seconds']['ours'])} steps | {r['median']['plain']:.3f} s | {r['median']['ours']:.3f} s | {r['speedup']:.2f} "
             f"| {memory['plain'] / 2**20:,.0f} → {memory['ours'] / 2**20:,.0f} MiB |"
         )
     return [
@@ -77,7 +77,7 @@ def sampling():
     lines += [
         f"| {name} | {row['network_calls']:,} | {row['images_per_second']:,.1f} |" for name, row in r["rows"].items()
     ]
-    return [*lines, "", f"{r['machine']}, {r['precision']}. Made by `python benchmarks/sampling.py`."]
+    return [*lines, "", f"{r['machine']}, {r['precision']}; timed {len(r['rows']['generator, 1 call']['seconds'])} time(s). Made by `python benchmarks/sampling.py`."]
 
 
 def render(text):
