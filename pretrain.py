@@ -65,7 +65,12 @@ class Config:
     lr: float = option(1.5e-3, "peak learning rate of Adam", low=0)
     ema: float = option(0.999, "decay of the weight average that is kept; teachers", low=0, high=1)
     label_dropout: float = option(0.1, "share of labels replaced by 'none', for guidance; teachers", low=0, high=1)
-    min_snr: float = option(5.0, "loss weight min(SNR, this) / SNR (Hang et al. 2023, 'Min-SNR'); teachers", low=0)
+    min_snr: float = option(
+        50.0,
+        "loss weight min(SNR, this) / SNR (Hang et al. 2023, 'Min-SNR'); 50: that of DDPM, 1, from t = 40 on; teachers",
+        low=0,
+    )
+    init: str = option("", "teacher to start from, a shipped name or a file; teachers")
     per_class: int = option(300, "teacher images of each class; statistics", low=2)
     snapshot_every: int = option(
         2500, "steps between teachers kept on the side, to see when training stops helping", low=1
@@ -107,6 +112,8 @@ def train_teacher(config, run):
     images, labels = (x.to(run.device) for x in mnist(config.data, train=True))
     schedule = VPSchedule.linear().to(run.device)
     unet = UNet(**TEACHER).to(run.device).train()
+    if config.init:
+        unet.load_state_dict(load_unet(config.init).state_dict())
     ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     optimizer = torch.optim.Adam(unet.parameters(), lr=config.lr, betas=(0.9, 0.99), eps=1e-8)
     lr = torch.optim.lr_scheduler.LambdaLR(  # 500 steps up, constant, down to 0 over the last 40%
