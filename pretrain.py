@@ -9,6 +9,7 @@ runs/pretrain-<what>/. Copy both to weights/ before the next command; that is wh
 --data, and torchvision downloads it there if it is not there yet.
 """
 
+import copy
 import json
 import math
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from eval import (
 )
 from run import Run, commit, machine, option, parse, refusing, write_json
 from unet import UNet, VPSchedule, ddim_sample, load_unet, save_unet, weights_path, write_tensors
+from vdu import posterior
 
 TEACHER = dict(
     image_size=28,
@@ -50,7 +52,9 @@ TEACHER = dict(
 # ---------------------------------------------------------------------------- config
 
 PRESETS = {
-    "mnist": dict(steps=12_000, batch_size=64, lr=1.5e-3),
+    "mnist": dict(steps=20_000, batch_size=64, lr=1.5e-3),
+    "mnist-unconditional": dict(steps=20_000, batch_size=64, lr=1.5e-3),
+    "mnist-posterior": dict(steps=5_000, batch_size=64, lr=1e-3),
     "mnist-classifier": dict(steps=5_600, batch_size=128, lr=4e-3),
     "mnist-statistics": dict(steps=0),
 }
@@ -71,6 +75,7 @@ class Config:
         low=0,
     )
     init: str = option("", "teacher to start from, a shipped name or a file; teachers")
+    checkpoints: int = option(5, "K, networks that share a beginning and share the steps; posterior", low=2)
     per_class: int = option(300, "teacher images of each class; statistics", low=2)
     snapshot_every: int = option(
         2500, "steps between teachers kept on the side, to see when training stops helping", low=1
@@ -105,51 +110,144 @@ def write_card(run, path, **facts):
     print(json.dumps({k: card[k] for k in ("file", "bytes", "seconds", "scores") if k in card}, indent=2))
 
 
-# ---------------------------------------------------------------------------- the class-conditional teacher
+# ---------------------------------------------------------------------------- the teachers
+
+
+def warm_up_and_down(steps):
+    """Learning rate as a share of its peak: up over 500 steps or a tenth of all, constant, to 0 over the last 40%."""
+    warm = max(1, min(500, steps // 10))
+    return lambda step: min((step + 1) / warm, 1.0, (steps - step) / (0.4 * steps))
+
+
+def weighted_denoising_loss(network, x0, c, schedule, min_snr):
+    """DDPM's loss on images x0 (B, C, H, W), a mean over pixels, with the Min-SNR weight. Scalar."""
+    t = torch.randint(schedule.T, (len(x0),), device=x0.device)
+    noise = torch.randn_like(x0)
+    eps = network(schedule.add_noise(x0, noise, t), t, c)  # (D1)
+    snr = schedule.alphas_cumprod[t] / (1 - schedule.alphas_cumprod[t])
+    weight = (min_snr / snr).clamp(max=1)
+    return (weight * (eps - noise).square().mean(dim=(1, 2, 3))).mean()
+
+
+def without_classes(unet):
+    """The unconditional U-Net that a class-conditional one holds: the same network, always told "no label".
+
+    What that label adds in each block is a constant, so it goes into a bias, and the class embedding into nothing."""
+    state = {k: v for k, v in unet.state_dict().items() if not k.startswith("class_")}
+    with torch.no_grad():
+        no_label = F.silu(unet.class_dense(unet.class_embedding.weight[unet.null_label]))
+    for name in [k for k in state if k.endswith("emb_proj.weight")]:
+        state[name], of_label = state[name].chunk(2, dim=1)
+        state[name.replace("weight", "bias")] = state[name.replace("weight", "bias")] + of_label @ no_label
+    unconditional = UNet(**unet.config | {"num_classes": None})
+    unconditional.load_state_dict(state)
+    return unconditional
+
+
+def start(config):
+    """The network that training begins with: a new one, or `--init`, without its classes where none are wanted."""
+    conditional = config.what == "mnist"
+    if not config.init:
+        return UNet(**TEACHER | ({} if conditional else {"num_classes": None}))
+    unet = load_unet(config.init)
+    if conditional and unet.num_classes is None:
+        raise ValueError(f"--init {config.init} is unconditional; {config.what} needs a class-conditional start")
+    return unet if conditional or unet.num_classes is None else without_classes(unet)
 
 
 def train_teacher(config, run):
     images, labels = (x.to(run.device) for x in mnist(config.data, train=True))
     schedule = VPSchedule.linear().to(run.device)
-    unet = UNet(**TEACHER).to(run.device).train()
-    if config.init:
-        unet.load_state_dict(load_unet(config.init).state_dict())
+    with refusing():
+        unet = start(config).to(run.device).train()
     ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     optimizer = torch.optim.Adam(unet.parameters(), lr=config.lr, betas=(0.9, 0.99), eps=1e-8)
-    lr = torch.optim.lr_scheduler.LambdaLR(  # 500 steps up, constant, down to 0 over the last 40%
-        optimizer, lambda step: min((step + 1) / 500, 1.0, (config.steps - step) / (0.4 * config.steps))
-    )
+    lr = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_and_down(config.steps))
     network, batch = run.parallel(unet), config.batch_size // run.world
 
     for step in run.loop({"unet": unet, "ema": ema, "optimizer": optimizer, "lr": lr}, label="teacher"):
-        pick = torch.randint(len(images), (batch,), device=run.device)
-        x0, c = images[pick], labels[pick]
-        c = torch.where(torch.rand(batch, device=run.device) < config.label_dropout, unet.null_label, c)
-        t = torch.randint(schedule.T, (batch,), device=run.device)
-        noise = torch.randn_like(x0)
+        pick, c = torch.randint(len(images), (batch,), device=run.device), None
+        if unet.num_classes is not None:
+            dropped = torch.rand(batch, device=run.device) < config.label_dropout
+            c = torch.where(dropped, unet.null_label, labels[pick])
         with run.autocast():
-            eps = network(schedule.add_noise(x0, noise, t), t, c)  # (D1)
-        snr = schedule.alphas_cumprod[t] / (1 - schedule.alphas_cumprod[t])
-        weight = (config.min_snr / snr).clamp(max=1)
-        loss = (weight * (eps - noise).square().mean(dim=(1, 2, 3))).mean()
+            loss = weighted_denoising_loss(network, images[pick], c, schedule, config.min_snr)
         run.update("loss", loss, unet, optimizer)
         lr.step()
         ema.update_parameters(unet)
         if step % 10 == 0:
             run.log(loss=loss)
         if run.rank == 0 and (step + 1) % config.snapshot_every == 0:
-            save_unet(ema.module, run.folder / f"mnist-{step + 1}.safetensors", steps=step + 1)
+            save_unet(ema.module, run.folder / f"{config.what}-{step + 1}.safetensors", steps=step + 1)
 
     if run.rank == 0:
-        path = run.folder / "mnist.safetensors"
-        save_unet(ema.module, path, what="class-conditional MNIST teacher", steps=config.steps)
+        kind = "unconditional" if unet.num_classes is None else "class-conditional"
+        path = run.folder / f"{config.what}.safetensors"
+        save_unet(ema.module, path, what=f"{kind} MNIST teacher", steps=config.steps)
         write_card(
             run,
             path,
-            what="class-conditional DDPM teacher, MNIST training images, labels dropped for guidance",
+            what=f"{kind} DDPM teacher, MNIST training images",
             parameters=sum(p.numel() for p in unet.parameters()),
             steps=config.steps,
             see="mnist-statistics.json",
+        )
+
+
+def train_posterior(config, run):
+    """K networks that share their beginning, `--init`, and go on alone, each under a seed of its own: their mean is
+    the network that vdu.py begins with, their variance tells which weights matter."""
+    K, each = config.checkpoints, config.steps // config.checkpoints
+    images, schedule = mnist(config.data, train=True)[0].to(run.device), VPSchedule.linear().to(run.device)
+    with refusing():
+        beginning = start(config).to(run.device)
+    unet = copy.deepcopy(beginning).train()
+    finished = torch.nn.ModuleList(copy.deepcopy(beginning) for _ in range(K))
+    optimizer = torch.optim.Adam(unet.parameters(), lr=config.lr, betas=(0.9, 0.99), eps=1e-8)
+    shape, network = warm_up_and_down(each), run.parallel(unet)
+
+    for step in run.loop({"unet": unet, "optimizer": optimizer, "finished": finished}, label="posterior"):
+        k, i = divmod(step, each)
+        if k == K:  # steps that do not divide by K
+            break
+        if i == 0:
+            unet.load_state_dict(beginning.state_dict())
+            optimizer.state.clear()
+            torch.manual_seed((config.seed + k) * 1_000_003 + run.rank)
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * shape(i)
+        pick = torch.randint(len(images), (config.batch_size // run.world,), device=run.device)
+        with run.autocast():
+            loss = weighted_denoising_loss(network, images[pick], None, schedule, config.min_snr)
+        run.update("loss", loss, unet, optimizer)
+        if i == each - 1:
+            finished[k].load_state_dict(unet.state_dict())
+        if step % 10 == 0:
+            run.log(loss=loss)
+
+    if run.rank == 0:
+        mean, variance = posterior([network.state_dict() for network in finished])
+        unet.load_state_dict(mean)
+        path = run.folder / "mnist-unconditional.safetensors"
+        facts = dict(checkpoints=K, steps_each=each)
+        save_unet(unet, path, what="unconditional MNIST teacher, the mean of a posterior", **facts)
+        write_card(
+            run,
+            path,
+            what=f"unconditional DDPM teacher, MNIST training images: the mean of {K} networks",
+            parameters=sum(p.numel() for p in unet.parameters()),
+            **facts,
+            see="mnist-statistics.json",
+        )
+        of_weights = run.folder / "mnist-unconditional-posterior.safetensors"
+        write_tensors(of_weights, "posterior", variance, mean_sha256=checksum(path), **facts)
+        sigma = torch.cat([v.flatten() for v in variance.values()]).sqrt()
+        write_card(
+            run,
+            of_weights,
+            what=f"variance of every weight over {K} networks; their mean is mnist-unconditional",
+            **facts,
+            sigma={f"{q:.0%}": sigma.quantile(q).item() for q in (0.01, 0.1, 0.5, 0.9, 0.99)},
         )
 
 
@@ -273,7 +371,12 @@ if __name__ == "__main__":
     with refusing("--data: "):
         mnist(config.data, train=True)
     run = Run(config, f"runs/pretrain-{config.what}")
-    {"mnist": train_teacher, "mnist-classifier": train_classifier, "mnist-statistics": make_statistics}[config.what](
-        config, run
-    )
+    make = {
+        "mnist": train_teacher,
+        "mnist-unconditional": train_teacher,
+        "mnist-posterior": train_posterior,
+        "mnist-classifier": train_classifier,
+        "mnist-statistics": make_statistics,
+    }
+    make[config.what](config, run)
     run.finish({})
