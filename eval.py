@@ -16,17 +16,26 @@ What each number says, and what it misses:
     inception_score     exp(mean KL(p(y|x) || p(y))): confident and varied; knows nothing of real images
     nfe                 network calls an image
 
+and of a network that is not asked for a class:
+
+    pul                 percent unlearned: the share of the forgotten class that is gone from unconditional images.
+                        Noise scores 100% too, so read it beside `confidence`
+    u_fid               fid of all its images against real images of the retained classes
+    confidence          mean probability that the classifier gives to what it sees
+
 Features are the 128 of the MNIST classifier's penultimate layer, so the distances compare with nobody's Inception FID,
 only with each other: each report has the teacher's own and that of real test images (the floor) beside it. All classes
 weigh the same. Real and generated images alike are rounded to 8 bits before the classifier sees them.
 """
 
 import hashlib
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import matplotlib.figure
+import matplotlib.patches
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -64,6 +73,14 @@ def unlearning_accuracy(labels, predictions, forget):
     return 1 - (predictions[asked] == labels[asked]).double().mean().item()
 
 
+def percent_unlearned(before, after):
+    """PUL: the share of the forgotten class that is gone, of its counts among equally many unconditional images before
+    and after. At most 1; below 0 when there are more than before. ValueError when there was none before."""
+    if before <= 0:
+        raise ValueError(f"PUL needs images of the forgotten class before unlearning, not {before}")
+    return (before - after) / before  # PUL = (N_before - N_after) / N_before
+
+
 def class_accuracies(labels, predictions):
     """{class: share of its images, 0..1, that are seen as it}, for each class among the labels (N,)."""
     return {int(k): (predictions[labels == k] == k).double().mean().item() for k in labels.unique()}
@@ -78,6 +95,11 @@ def retained_accuracy(labels, predictions, forget=()):
 def entropy(probabilities):
     """Mean entropy in nats, 0..ln K, of probabilities (N, K)."""
     return torch.special.entr(probabilities).sum(dim=1).mean().item()
+
+
+def mean_confidence(probabilities):
+    """Mean probability, 1/K..1, that the classifier gives to what it sees: (N, K). Low on noise."""
+    return probabilities.max(dim=1).values.mean().item()
 
 
 def inception_score(probabilities, splits=1):
@@ -99,11 +121,14 @@ def moments(features):
     return features.double().mean(0), torch.cov(features.double().T)
 
 
-def pool(means, covariances):
-    """The moments of an equal mixture of K classes, from theirs: (K, D), (K, D, D) -> (D,), (D, D)."""
-    mean = means.mean(0)
+def pool(means, covariances, counts=None):
+    """The moments of a mixture of K classes, from theirs: (K, D), (K, D, D) -> (D,), (D, D). In the proportions of
+    `counts` (K,); equal ones if not given."""
+    share = torch.ones(len(means)) if counts is None else counts
+    share = share.double() / share.sum()
+    mean = share @ means
     between = means - mean
-    return mean, covariances.mean(0) + between.T @ between / len(means)
+    return mean, torch.einsum("k,kij->ij", share, covariances) + between.T @ (share[:, None] * between)
 
 
 def frechet_distance(mean1, cov1, mean2, cov2):
@@ -182,13 +207,15 @@ def load_classifier(name="mnist-classifier"):
 
 
 def load_statistics(name="mnist-statistics"):
-    """Per-class feature moments of real images and of the teacher's, as made by `pretrain.py mnist-statistics`.
+    """Per-class feature moments of real images and of the teachers', as made by `pretrain.py mnist-statistics`.
 
-    {"train" | "test" | "teacher": (means (10, D), covariances (10, D, D))} and the facts about them.
+    {"train" | "test" | "teacher" | "unconditional": (means (10, D), covariances (10, D, D), counts (10,))}, where the
+    classes of "unconditional" are what the classifier sees; and the facts about them.
     """
     tensors, facts = read_tensors(name, "statistics")
     return {
-        s: (tensors[f"{s}.means"].double(), tensors[f"{s}.covariances"].double()) for s in ("train", "test", "teacher")
+        s: tuple(tensors[f"{s}.{part}"].double() for part in ("means", "covariances", "counts"))
+        for s in ("train", "test", "teacher", "unconditional")
     }, facts
 
 
@@ -207,6 +234,14 @@ def mnist(folder, train):
     return data.data[:, None] / 127.5 - 1, data.targets
 
 
+def cifar10(folder):
+    """Training images (50000, 3, 32, 32) in [-1, 1], float32, and labels (50000,), by torchvision."""
+    from torchvision.datasets import CIFAR10
+
+    data = CIFAR10(folder, train=True)
+    return torch.from_numpy(data.data).permute(0, 3, 1, 2) / 127.5 - 1, torch.tensor(data.targets)
+
+
 # ---------------------------------------------------------------------------- generating and judging
 
 
@@ -220,14 +255,14 @@ def look(classifier, images, device="cpu", batch=500):
 class Judge:
     """Looks at images of a network (N, 1, 28, 28) on behalf of the metrics: a classifier, and what to compare with.
 
-    unet: the network to be judged; ValueError when it draws something that the classifier cannot read, or when a file
-    is not what it should be.
+    unet: the network to be judged, of ten classes or unconditional; ValueError when it draws something that the
+    classifier cannot read, or when a file is not what it should be.
     """
 
     def __init__(self, unet, classifier="mnist-classifier", statistics="mnist-statistics"):
-        if unet.image_shape != (1, 28, 28) or unet.num_classes != 10:
-            raise ValueError(f"{unet.path} draws {unet.num_classes} classes of {unet.image_shape}; the classifier "
-                             "reads 10 of shape (1, 28, 28), so give --classifier none")
+        if unet.image_shape != (1, 28, 28) or unet.num_classes not in (None, 10):
+            raise ValueError(f"{unet.path} draws {unet.num_classes or 'unknown'} classes of {unet.image_shape}; the "
+                             "classifier reads 10 of shape (1, 28, 28), so give --classifier none")
         self.device = next(unet.parameters()).device
         self.classifier = load_classifier(classifier).to(self.device)
         self.statistics, self.facts = load_statistics(statistics)
@@ -247,6 +282,14 @@ class Judge:
         return (self.classifier(images.float().clamp(-1, 1)).argmax(1) != labels).float().mean()
 
 
+def check_forget(forget, classes=10):
+    """ValueError unless `forget` leaves some of the classes, and names no other."""
+    if max(forget) >= classes:
+        raise ValueError(f"--forget {max(forget)}: the classes are 0..{classes - 1}")
+    if len(forget) == classes:
+        raise ValueError("--forget names every class; leave at least one to retain")
+
+
 def balanced_labels(classes, per_class):
     """0, 1, .., K-1, 0, 1, ..: any first part of it is balanced too. (classes * per_class,)"""
     return torch.arange(classes).repeat(per_class)
@@ -256,13 +299,15 @@ def balanced_labels(classes, per_class):
 def generate(sample, labels, shape, seed, device, batch=250, bar=None):
     """Images (N, *shape) in [-1, 1], on the CPU, rounded to 8 bits, one for each label (N,); and the seconds they took.
 
+    labels: (N,), or a number N of unconditional images, for which `sample` is given c = None.
     sample: function (z, c, noise) -> images. Image i starts from noise that depends on (seed, i) alone, and `noise` is
     where a stochastic sampler draws more of it; so two networks judged under the same seed are paired.
     """
     images, seconds = [], 0.0
-    for index in tqdm(torch.arange(len(labels)).split(batch), desc=bar, leave=False, disable=bar is None):
+    N = labels if isinstance(labels, int) else len(labels)
+    for index in tqdm(torch.arange(N).split(batch), desc=bar, leave=False, disable=bar is None):
         noise = indexed_noise(seed, index)
-        z, c = noise(shape).to(device), labels[index].to(device)
+        z, c = noise(shape).to(device), None if isinstance(labels, int) else labels[index].to(device)
         clock = time.perf_counter()
         x = sample(z, c, noise).clamp(-1, 1).float().cpu()
         seconds += time.perf_counter() - clock
@@ -270,23 +315,28 @@ def generate(sample, labels, shape, seed, device, batch=250, bar=None):
     return torch.cat(images), seconds
 
 
-def class_moments(features, labels):
-    """Moments of each class in turn: features (N, D), labels (N,) -> (K, D), (K, D, D)."""
-    pairs = [moments(features[labels == k]) for k in labels.unique()]
-    return torch.stack([m for m, _ in pairs]), torch.stack([c for _, c in pairs])
+def class_moments(features, labels, classes=10):
+    """Moments of each class in turn, and its number of images: features (N, D), labels (N,) -> (K, D), (K, D, D), (K,).
+
+    A class of fewer than two images has moments 0."""
+    counts, D = labels.bincount(minlength=classes), features.shape[1]
+    none = torch.zeros(D).double(), torch.zeros(D, D).double()
+    pairs = [moments(features[labels == k]) if counts[k] > 1 else none for k in range(classes)]
+    return torch.stack([m for m, _ in pairs]), torch.stack([c for _, c in pairs]), counts
 
 
 def report(labels, features, probabilities, statistics, forget=()):
     """Every number that needs no real image at hand, as a dictionary for metrics.json.
 
     labels (N,): each class 0 .. K-1 equally often; features (N, D), probabilities (N, K): as a `Judge` gives them.
-    statistics: name -> (means (K, D), covariances (K, D, D)); "train" is the reference of every FID.
+    statistics: name -> (means (K, D), covariances (K, D, D), counts (K,)); "train" is the reference of every FID.
     """
     predictions, kept = probabilities.argmax(1), [k for k in labels.unique().tolist() if k not in forget]
     asked = torch.isin(labels, as_classes(forget))
 
-    def fid(means, covariances):
-        return frechet_distance(*pool(means[kept], covariances[kept]), *pool(*(x[kept] for x in statistics["train"])))
+    def fid(means, covariances, counts):  # all classes weigh the same
+        real_means, real_covariances, _ = statistics["train"]
+        return frechet_distance(*pool(means[kept], covariances[kept]), *pool(real_means[kept], real_covariances[kept]))
 
     result = {
         "retained_accuracy": retained_accuracy(labels, predictions, forget),
@@ -336,20 +386,80 @@ def evaluate(sample, nfe, judge, unet, forget, per_class, seed, teacher_sample=N
                      "preprocessing": "clipped to [-1, 1], rounded to 8 bits, real and generated alike"}
 
 
+def unconditional_sampler(unet, schedule, steps=20):
+    """The sampler behind PUL and u-FID, teacher and unlearned network alike: (z, c, noise) -> images, by DDIM."""
+    return lambda z, c=None, noise=None: ddim_sample(unet, schedule, z, steps=steps)
+
+
+def evaluate_unconditional(sample, judge, forget, n=2000, teacher=None, teacher_sample=None, seed=0, batch=50):
+    """Draw `n` images without labels with `sample` (z, c, noise) -> images, and compare them with the teacher's from
+    the same noise: PUL, u-FID and the classifier's confidence, as a dictionary for metrics.json.
+
+    u_fid       of all n images against real images of the retained classes, in the proportions of the real ones
+    teacher_fid of the teacher's images, without those that the classifier sees as forgotten, against the same: as
+                good as one can get by leaving out. `teacher_u_fid` is of all its images, the forgotten ones included
+    teacher, teacher_sample: the network and its sampler. The shipped teacher's numbers come with the statistics when n
+    and seed are those of the statistics; otherwise its images are drawn too.
+    """
+    kept = [k for k in range(10) if k not in forget]
+    images, seconds = generate(sample, n, (1, 28, 28), seed, judge.device, batch, "to judge")
+    features, probabilities = judge(images)
+    counts = probabilities.argmax(1).bincount(minlength=10)
+    known = judge.facts["unconditional"]
+    before, confidence = judge.statistics["unconditional"], known["confidence"]
+    if (checksum(teacher.path), n, seed) != (known["sha256"], known["images"], known["evaluation_seed"]):
+        its_images, _ = generate(teacher_sample, n, (1, 28, 28), seed, judge.device, batch, "teacher")
+        its_features, its_probabilities = judge(its_images)
+        before = class_moments(its_features, its_probabilities.argmax(1))
+        confidence = mean_confidence(its_probabilities)
+
+    real = pool(*(x[kept] for x in judge.statistics["train"]))
+    n_before, n_after = int(before[2][forget].sum()), int(counts[forget].sum())
+    return {
+        "pul": percent_unlearned(n_before, n_after),
+        "n_before": n_before,
+        "n_after": n_after,
+        "u_fid": frechet_distance(*moments(features), *real),
+        "teacher_fid": frechet_distance(*pool(*(x[kept] for x in before)), *real),
+        "teacher_u_fid": frechet_distance(*pool(*before), *real),
+        "real_test_fid": frechet_distance(*pool(*(x[kept] for x in judge.statistics["test"])), *real),
+        "confidence": mean_confidence(probabilities),
+        "teacher_confidence": confidence,
+        "counts": counts.tolist(),
+        "teacher_counts": [int(count) for count in before[2]],
+        "images": n,
+        "sampler": known["sampler"],
+        "evaluation_seed": seed,
+        "evaluation_seconds": seconds,
+        "seconds_per_1000": 1000 * seconds / n,
+        "features": judge.facts["features"],
+        "reference": "MNIST, training images of the retained classes, in their own proportions",
+        "preprocessing": "clipped to [-1, 1], rounded to 8 bits, real and generated alike",
+    }
+
+
 # ---------------------------------------------------------------------------- for people
 
 
-def image_grid(images, labels, path, title, forget=()):
-    """A picture: one row a class, images in their order. images (N, C, H, W) in [-1, 1], labels (N,) balanced."""
-    rows = [images[labels == k] for k in labels.unique()]
-    canvas = rearrange(torch.stack(rows), "k n c h w -> (k h) (n w) c").add(1).div(2).clamp(0, 1)
+def image_grid(images, labels, path, title, forget=(), seen=None):
+    """A picture. With labels (N,), balanced: one row a class, forgotten ones in red. Without (None): a square, in which
+    images that are `seen` (N,) as a class in `forget` have a red frame. images (N, C, H, W) in [-1, 1]."""
+    side = math.isqrt(len(images))
+    rows = list(images[: side**2].split(side)) if labels is None else [images[labels == k] for k in labels.unique()]
+    canvas = rearrange(rows, "k n c h w -> (k h) (n w) c").add(1).div(2).clamp(0, 1)
     figure = matplotlib.figure.Figure(figsize=(5, 5.3 * len(rows) / len(rows[0])), layout="constrained")
-    axes = figure.add_subplot(title=title, xticks=[])
+    axes = figure.add_subplot(title=title, xticks=[], yticks=[])
     axes.imshow(canvas.squeeze(-1), cmap="gray", vmin=0, vmax=1)
-    height = images.shape[2]
-    axes.set_yticks([height * (i + 0.5) for i in range(len(rows))], [f"{k}" for k in labels.unique().tolist()])
-    for k, tick in zip(labels.unique().tolist(), axes.get_yticklabels()):
-        tick.set(color="crimson" if k in forget else "black", fontweight="bold" if k in forget else "normal")
+    height, width = images.shape[2:]
+    if labels is not None:
+        names = labels.unique().tolist()
+        axes.set_yticks([height * (i + 0.5) for i in range(len(rows))], [f"{k}" for k in names])
+        for k, tick in zip(names, axes.get_yticklabels()):
+            tick.set(color="crimson" if k in forget else "black", fontweight="bold" if k in forget else "normal")
+    elif seen is not None:
+        for i in torch.isin(seen[: side**2], as_classes(forget)).nonzero().flatten().tolist():
+            corner = (width * (i % side) - 0.5, height * (i // side) - 0.5)
+            axes.add_patch(matplotlib.patches.Rectangle(corner, width, height, fill=False, edgecolor="crimson"))
     axes.tick_params(length=0)
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
@@ -357,6 +467,18 @@ def image_grid(images, labels, path, title, forget=()):
 def table(result):
     """The report for people: one line a number."""
     rows = []
+    if "pul" in result:
+        rows = [
+            ("PUL (forgotten class gone)", f"{result['pul']:.2%}   ({result['n_before']} before, {result['n_after']} "
+                                           f"after, of {result['images']:,} images)"),
+            ("u-FID", f"{result['u_fid']:.3f}   (teacher's retained images {result['teacher_fid']:.3f}, all its images "
+                      f"{result['teacher_u_fid']:.3f}, real test images {result['real_test_fid']:.3f})"),
+            ("classifier's confidence", f"{result['confidence']:.2%}   (teacher {result['teacher_confidence']:.2%})"),
+            ("digits before", "  ".join(f"{k}: {n}" for k, n in enumerate(result["teacher_counts"]))),
+            ("digits after", "  ".join(f"{k}: {n}" for k, n in enumerate(result["counts"]))),
+            ("seconds per 1,000 images", f"{result['seconds_per_1000']:.2f}"),
+        ]
+        return "\n".join(f"{name:>26}  {value}" for name, value in rows)
     if "ua" in result:
         rows.append(("UA (forgotten class gone)", f"{result['ua']:.2%} of {result['ua_images']:,} images"))
         for k, shares in result["became"].items():
@@ -394,6 +516,7 @@ class Config:
     guidance: float = option(1.0, "null + guidance (cond - null); 1 is none")
     forget: str = option("auto", "classes that should be gone; auto: what the checkpoint's card says; none", nargs="+")
     per_class: int = option(300, "images of each class; FIDs compare only at equal numbers", low=2)
+    images: int = option(2000, "images of an unconditional checkpoint", low=100)
     data: str = option("", "folder with MNIST: adds precision and recall against its training images")
     classifier: str = option("mnist-classifier", "shipped name or file")
     statistics: str = option("mnist-statistics", "shipped name or file")
@@ -418,29 +541,41 @@ def sampler_of(unet, schedule, kind, steps=50, eta=0.0, guidance=1.0):
     return lambda z, c, noise: ddim_sample(unet, schedule, z, c, steps, eta, guidance, noise=noise), calls * steps
 
 
+def show(config, result, forget, kind, device):
+    print(table(result))
+    if config.out:
+        write_json(config.out, result | {"checkpoint": config.checkpoint, "sampler": kind, "forget": forget,
+                                         "machine": machine(device), "commit": commit(), "config": asdict(config)})
+
+
 def main(config):
     device = choose_device(config.device)
     with refusing():
         unet = load_unet(config.checkpoint).to(device)
         judge = Judge(unet, config.classifier, config.statistics)
         said = ",".join(map(str, unet.card.get("forget", []))) or "none"
-        forget = parse_classes(said if config.forget == "auto" else config.forget, unet.num_classes)
-        if len(forget) == unet.num_classes:
-            raise ValueError("--forget names every class; leave at least one to retain")
+        forget = parse_classes(said if config.forget == "auto" else config.forget, 10)
+        if forget:
+            check_forget(forget)
+        teacher = load_unet(unet.card.get("teacher", "mnist-unconditional")) if unet.num_classes is None else None
+        if teacher and not forget:
+            raise ValueError(f"{config.checkpoint} is unconditional; say with --forget which class should be gone")
         real = None
         if config.data:
             real, labels = mnist(config.data, train=True)
             real = real[~torch.isin(labels, as_classes(forget))][: config.per_class * (unet.num_classes - len(forget))]
+    if teacher:
+        schedule = VPSchedule.linear().to(device)
+        after, before = (unconditional_sampler(network.to(device), schedule) for network in (unet, teacher))
+        result = evaluate_unconditional(after, judge, forget, config.images, teacher, before, config.seed)
+        return show(config, result, forget, "ddim", device)
     kind = config.sampler if config.sampler != "auto" else "one-step" if "t_init" in unet.card else "ddim"
     if kind == "one-step" and "t_init" not in unet.card:
         refuse(f"--sampler one-step: {config.checkpoint} is not a distilled generator (its card has no t_init)")
     schedule = VPSchedule.linear().to(device)
     sample, nfe = sampler_of(unet, schedule, kind, config.steps, config.eta, config.guidance)
     result = evaluate(sample, nfe, judge, unet, forget, config.per_class, config.seed, None, real, config.batch_size)
-    print(table(result))
-    if config.out:
-        write_json(config.out, result | {"checkpoint": config.checkpoint, "sampler": kind, "forget": forget,
-                                         "machine": machine(device), "commit": commit(), "config": asdict(config)})
+    show(config, result, forget, kind, device)
 
 
 if __name__ == "__main__":

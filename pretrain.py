@@ -2,7 +2,10 @@
 
     python pretrain.py mnist-classifier    # the classifier that the metrics use
     python pretrain.py mnist               # the class-conditional teacher
-    python pretrain.py mnist-statistics    # what the metrics compare with: real images, and the teacher's
+    python pretrain.py mnist-unconditional # the beginning of the unconditional ones
+    python pretrain.py mnist-posterior --init runs/pretrain-mnist-unconditional/mnist-unconditional.safetensors
+                                           # K of them, from there: their mean is the unconditional teacher
+    python pretrain.py mnist-statistics    # what the metrics compare with: real images, and the teachers'
 
 Each leaves a .safetensors file and its card, a .json that says how it was made and what it scores, in
 runs/pretrain-<what>/. Copy both to weights/ before the next command; that is where it looks. MNIST is read from
@@ -29,9 +32,11 @@ from eval import (
     inception_score,
     load_classifier,
     look,
+    mean_confidence,
     mnist,
     pool,
     precision_recall,
+    unconditional_sampler,
 )
 from run import Run, commit, machine, option, parse, refusing, write_json
 from unet import UNet, VPSchedule, ddim_sample, load_unet, save_unet, weights_path, write_tensors
@@ -77,6 +82,7 @@ class Config:
     init: str = option("", "teacher to start from, a shipped name or a file; teachers")
     checkpoints: int = option(5, "K, networks that share a beginning and share the steps; posterior", low=2)
     per_class: int = option(300, "teacher images of each class; statistics", low=2)
+    images: int = option(2000, "images of the unconditional teacher; statistics", low=100)
     snapshot_every: int = option(
         2500, "steps between teachers kept on the side, to see when training stops helping", low=1
     )
@@ -304,15 +310,18 @@ def train_classifier(config, run):
 
 @torch.no_grad()
 def make_statistics(config, run):
-    """Per-class feature moments of MNIST's training and test images, and of the teacher's under its usual sampler."""
+    """Per-class feature moments of MNIST's training and test images, and of both teachers' under their samplers."""
     classifier = load_classifier().to(run.device)
     schedule, labels = VPSchedule.linear().to(run.device), balanced_labels(10, config.per_class)
 
     real = {split: mnist(config.data, train=split == "train") for split in ("train", "test")}
     features = {split: look(classifier, images, run.device)[0] for split, (images, _) in real.items()}
     sets = {split: class_moments(features[split], real[split][1]) for split in real}
+    reference = pool(*sets["train"])  # in MNIST's own proportions
+    balanced = pool(*sets["train"][:2])  # all classes alike
 
     def score(name):
+        """Moments and scores of a class-conditional teacher."""
         teacher = load_unet(name).to(run.device)
         images, seconds = generate(
             lambda z, c, noise: ddim_sample(teacher, schedule, z, c, steps=50),
@@ -328,7 +337,7 @@ def make_statistics(config, run):
         return moments, {
             "accuracy": sum(accuracy.values()) / 10,
             "class_accuracy": list(accuracy.values()),
-            "fid": frechet_distance(*pool(*moments), *pool(*sets["train"])),
+            "fid": frechet_distance(*pool(*moments[:2]), *balanced),
             "precision": precision,
             "recall": recall,
             "inception_score": inception_score(probabilities),
@@ -338,16 +347,40 @@ def make_statistics(config, run):
             "sha256": checksum(weights_path(name)),
         }
 
+    def score_unconditional(name):
+        """The same of an unconditional teacher; its classes are what the classifier sees."""
+        teacher = load_unet(name).to(run.device)
+        sample, shape = unconditional_sampler(teacher, schedule), teacher.image_shape
+        images, seconds = generate(sample, config.images, shape, config.seed, run.device, batch=50, bar=str(name))
+        seen, probabilities = look(classifier, images, run.device)
+        moments = class_moments(seen, probabilities.argmax(1))
+        precision, recall = precision_recall(features["train"][: len(seen)], seen)
+        return moments, {
+            "fid": frechet_distance(*pool(*moments), *reference),
+            "precision": precision,
+            "recall": recall,
+            "confidence": mean_confidence(probabilities),
+            "counts": moments[2].tolist(),
+            "images": config.images,
+            "sampler": "DDIM, 20 steps, no class asked for",
+            "evaluation_seed": config.seed,
+            "seconds_per_1000": 1000 * seconds / config.images,
+            "sha256": checksum(weights_path(name)),
+        }
+
     sets["teacher"], teacher = score("mnist")
-    floor = frechet_distance(*pool(*sets["test"]), *pool(*sets["train"]))
+    sets["unconditional"], unconditional = score_unconditional("mnist-unconditional")
     facts = {
         "classifier_sha256": checksum(weights_path("mnist-classifier")),
         "teacher": teacher,
+        "unconditional": unconditional,
         "features": "penultimate layer of mnist-classifier, 128",
         "reference": "MNIST, 60,000 training images, classes weighted equally",
     }
     tensors = {
-        f"{name}.{part}": x.float() for name, pair in sets.items() for part, x in zip(("means", "covariances"), pair)
+        f"{name}.{part}": x.float()
+        for name, parts in sets.items()
+        for part, x in zip(("means", "covariances", "counts"), parts)
     }
     path = run.folder / "mnist-statistics.safetensors"
     write_tensors(path, "statistics", tensors, **facts)
@@ -355,10 +388,11 @@ def make_statistics(config, run):
     write_card(
         run,
         path,
-        what="per-class feature means and covariances: real training and test images, the teacher's images",
+        what="per-class feature means and covariances: real training and test images, the teachers' images",
         scores={
             "teacher": teacher,
-            "fid_of_real_test_images": floor,
+            "unconditional": unconditional,
+            "fid_of_real_test_images": frechet_distance(*pool(*sets["test"][:2]), *balanced),
             "teachers_along_the_way": {k: {"fid": v["fid"], "accuracy": v["accuracy"]} for k, v in along.items()},
         },
     )

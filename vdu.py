@@ -1,7 +1,290 @@
+"""Variational Diffusion Unlearning (VDU): an unconditional diffusion model forgets a class, from a few images of it.
+
+Panda, Varun M S, Jain, Maharana, Prathosh A. P., "Variational Diffusion Unlearning" (v4: "Unlearning in Diffusion
+Models under Data Constraints: A Variational Inference Approach"), TMLR 2026, arXiv 2510.04058.
+
+    python vdu.py --forget 1                          # from two CPU cores to a GPU
+    python vdu.py --forget 1 --images 10              # all we have of it is ten images
+    python vdu.py --forget 1 --data my_images/        # a folder of pictures of what is to go
+
+The idea. Training gave us a belief about the weights, the posterior p(theta | D): a Gaussian around the weights mu*
+that we use, wide (sigma*) where independent trainings disagree, narrow where they agree. What we would like is the
+belief that we would hold had we never seen the undesired images D_f, only the retained rest D_r. Bayes' rule takes
+evidence out as easily as it puts it in. As p(theta | D) is proportional to p(D_f | theta) p(theta | D_r),
+
+    (V1)  p(theta | D_r) is proportional to p(theta | D) / p(D_f | theta)
+
+Nothing on the right needs the retained data. We look for the Gaussian q, with its mean theta free to move, that comes
+nearest to it:
+
+    (V2)  KL(q || p(theta | D_r)) = E_q [log q(theta) - log p(theta | D) + log p(D_f | theta)] + constant
+                                  = KL(q || p(theta | D)) + E_q log p(D_f | theta) + constant
+
+The second term makes the undesired images unlikely, and a diffusion model bounds a likelihood by its denoising error:
+that is (V3), the plasticity inducer, which asks the network to denoise D_f badly. The first term, for two Gaussians of
+one width, is the distance between their means in units of sigma*: that is (V4), the stability regularizer, which lets
+a weight move if independent trainings disagree on it, and holds it if they agree. (V5) mixes the two.
+
+Glossary. The labels stand on the lines that do them; (D1) to (D3) are in unet.py.
+
+    unet, theta     theta       the network, begun at mu*
+    mean, variance  mu*, s*^2   the posterior of each weight, given all data; name -> tensor
+    x0              x_0 in D_f  an undesired image, (B, C, H, W), in [-1, 1]
+    w               w_t         what the error at step t weighs in the bound                     (V3)
+    A               A           plasticity inducer, minimised: minus the denoising error on D_f  (V3)
+    B               B           stability regularizer                                            (V4)
+    gamma           gamma       0: forget at any cost; 1: stay                                   (V5)
+"""
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
+from torchvision.io import ImageReadMode, read_image
+from torchvision.transforms.functional import center_crop, resize
+
+from eval import (
+    Judge,
+    check_forget,
+    checksum,
+    cifar10,
+    evaluate_unconditional,
+    generate,
+    image_grid,
+    mnist,
+    parse_classes,
+    table,
+    unconditional_sampler,
+)
+from run import Run, option, parse, refusing
+from unet import VPSchedule, ddim_sample, load_unet, read_tensors, save_unet
+
+# ---------------------------------------------------------------------------- config
+
+PRESETS = {
+    "mnist": {},  # the defaults below
+}
+
+
+@dataclass
+class Config:
+    preset: str = option("mnist", "settings to start from", choices=list(PRESETS))
+    forget: str = option("1", "class or classes to forget", nargs="+")
+    data: str = option("auto", "the undesired images: a folder with MNIST, CIFAR-10, tiny ImageNet or pictures; "
+                               "teacher: drawn from the class-conditional one; auto: data/, a download, else teacher")
+    images: int = option(100, "how many undesired images are at hand; 0: as many as --data has", low=0)
+    teacher: str = option("mnist-unconditional", "a shipped name or a .safetensors file")
+    posterior: str = option("mnist-unconditional-posterior", "the variance of the teacher's weights: a shipped name, a "
+                            "file, or the files of K >= 2 teachers to take it from", nargs="+")
+    steps: int = option(100, "training steps; our choice", low=0)
+    batch_size: int = option(64, "undesired images a step, over all processes; our choice", low=1)
+    lr: float = option(1e-5, "Adam's learning rate; our choice", low=0)
+    gamma: float = option(0.8, "gamma of (V5); our choice", low=0, high=1)
+    weighting: str = option("bound", "w_t of (V3): that of the DDPM bound, or simple: 1", choices=["bound", "simple"])
+    reduction: str = option("mean", "A and B: sums, as (V3) and (V4) say, or means over pixels, steps and weights; our "
+                            "choice", choices=["mean", "sum"])
+    sigma_floor: float = option(1e-4, "no sigma* is taken for less; our choice", low=0)
+    covariance: str = option("posterior", "identity: every weight is held alike; to compare",
+                             choices=["posterior", "identity"])
+    t_min: int = option(0, "first step of (V3); our choice", low=0, high=999)
+    t_max: int = option(1000, "the step before which (V3) ends; our choice", low=1, high=1000)
+    amp: str = option("auto", "mixed precision; auto: bf16 where it is native", choices=["auto", "bf16", "fp16", "off"])
+    device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
+    seed: int = option(0, "seed of everything random", low=0)
+    out: str = option("", "run folder; runs/vdu-<preset>-forget<classes> if not given")
+    resume: bool = option(False, "go on from the checkpoint in the run folder")
+    save_every: int = option(500, "steps between checkpoints", low=1)
+    eval_images: int = option(2000, "unconditional images that the metrics look at", low=100)
+    classifier: str = option("mnist-classifier", "the metrics' classifier: a shipped name or file; none: no metrics")
+
+
+# ---------------------------------------------------------------------------- the method: three formulas
+
+
+def bound_weight(t, schedule):
+    """What the error at steps t (B,) weighs in the DDPM bound on -log p(x0), with sigma_t^2 = beta_t. (B,)"""
+    beta, abar = schedule.betas[t], schedule.alphas_cumprod[t]
+    sigma2, alpha = beta, 1 - beta
+    return beta**2 / (2 * sigma2 * alpha * (1 - abar))  # w_t = beta_t^2 / (2 sigma_t^2 alpha_t (1 - abar_t))
+
+
+def plasticity_inducer(unet, x0, t, noise, schedule, c=None, weighting="bound"):
+    """Minus the weighted denoising error on undesired images x0 (B, C, H, W): one value an image, (B,), one step t (B,)
+    each. To be minimised; it has no lower bound, so steps, learning rate and (V4) decide where that ends."""
+    x_t = schedule.add_noise(x0, noise, t)  # (D1)
+    w = bound_weight(t, schedule) if weighting == "bound" else 1.0
+    eps = unet(x_t, t) if c is None else unet(x_t, t, c)
+    return -w * (noise - eps).square().sum(dim=(1, 2, 3))  # (V3) A = -w_t || eps - eps_theta(x_t, t) ||^2
+
+
+def stability_regularizer(unet, mean, variance):
+    """How far the weights are from mu*, in units of sigma*: a scalar, 0 at mu*. mean, variance: name -> tensor."""
+    return sum(((theta - mean[name]).square() / (2 * variance[name])).sum()
+               for name, theta in unet.named_parameters())  # (V4) B = sum_i (theta_i - mu*_i)^2 / (2 sigma*_i^2)
 
 
 def posterior(checkpoints):
-    names = checkpoints[0].keys()
-    stacks = {k: torch.stack([c[k].double() for c in checkpoints]) for k in names}
-    return {k: s.mean(0).float() for k, s in stacks.items()}, {k: s.var(0).float() for k, s in stacks.items()}
+    """Mean and unbiased variance of every weight over K checkpoints: name -> tensor, name -> tensor. ValueError when
+    there are fewer than two, or when they are not of one network.
+
+    checkpoints: state dicts of networks that share a pretraining and then went on alone. (From different beginnings
+    they would agree only up to the order of their units, and their mean would be no network at all.)"""
+    if len(checkpoints) < 2:
+        raise ValueError(f"a posterior needs at least 2 checkpoints, not {len(checkpoints)}")
+    shapes = [{name: w.shape for name, w in checkpoint.items()} for checkpoint in checkpoints]
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError("these checkpoints are not of one network: their weights differ in name or shape")
+    stacks = {name: torch.stack([checkpoint[name].double() for checkpoint in checkpoints]) for name in checkpoints[0]}
+    return {k: w.mean(0).float() for k, w in stacks.items()}, {k: w.var(0).float() for k, w in stacks.items()}
+
+
+# ---------------------------------------------------------------------------- the loop
+
+
+def train(config, run, unet, variance, images, schedule):
+    """VDU on `unet`, which begins at mu* and is changed in place. images (N, C, H, W): D_f; variance: name -> tensor."""
+    unet.eval().requires_grad_(True)  # no dropout: theta is what q says, not a thinned version of it
+    mean = {name: theta.detach().clone() for name, theta in unet.named_parameters()}  # mu*
+    if config.covariance == "identity":
+        variance = {name: torch.ones_like(v) for name, v in variance.items()}
+    variance = {name: v.to(run.device).clamp(min=config.sigma_floor**2) for name, v in variance.items()}  # sigma*^2
+    pixels, weights = images[0].numel(), sum(v.numel() for v in variance.values())
+    optimizer = torch.optim.Adam(unet.parameters(), lr=config.lr)
+    network, batch = run.parallel(unet), max(1, config.batch_size // run.world)
+    images = images.to(run.device)
+
+    for _ in run.loop({"unet": unet, "optimizer": optimizer}, label="VDU"):
+        x0 = images[torch.randint(len(images), (batch,), device=run.device)]
+        t = torch.randint(config.t_min, config.t_max, (batch,), device=run.device)
+        noise = torch.randn_like(x0)
+        with run.autocast():
+            A = plasticity_inducer(network, x0, t, noise, schedule, weighting=config.weighting).mean()  # (V3)
+        B = stability_regularizer(unet, mean, variance)  # (V4)
+        A, B = (A / pixels, B / weights) if config.reduction == "mean" else (schedule.T * A, B)
+        loss = (1 - config.gamma) * A + config.gamma * B  # (V5) L = (1 - gamma) A + gamma B
+        run.update("loss", loss, unet, optimizer)
+        run.log(plasticity=A, stability=B, loss=loss)
+    return unet.eval()
+
+
+# ---------------------------------------------------------------------------- what the method is given
+
+PICTURES = {".png", ".jpg", ".jpeg"}
+
+
+def read_picture(path, shape):
+    """An image file as (C, H, W), 0..255: the shorter side resized to the network's size, the middle kept."""
+    mode = ImageReadMode.GRAY if shape[0] == 1 else ImageReadMode.RGB
+    try:
+        return center_crop(resize(read_image(str(path), mode), shape[1], antialias=True), shape[1])
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no readable picture ({str(error).splitlines()[0]})") from None
+
+
+def undesired_images(source, forget, shape, n=0, seed=0):
+    """D_f: `n` images (0: all) of the classes `forget`, (N, C, H, W) in [-1, 1], and in words where they come from.
+
+    source: a folder that holds MNIST, CIFAR-10, tiny ImageNet or pictures; "teacher"; "auto". Of the other classes no
+    image is taken, and where images are files, none is opened. ValueError or OSError where none of `shape` can be had.
+    """
+    if source == "auto":
+        try:
+            return undesired_images("data", forget, shape, n, seed)
+        except OSError:  # neither there nor to be downloaded
+            images, origin = undesired_images("teacher", forget, shape, n, seed)
+            return images, f"no MNIST in data/ and no download, so {origin}; --data names a folder with real ones"
+    if source == "teacher":
+        teacher, n = load_unet("mnist"), n or 1000
+        images, _ = generate(lambda z, c, noise: ddim_sample(teacher, VPSchedule.linear(), z, c),
+                             torch.tensor(forget).repeat(n)[:n], teacher.image_shape, seed, "cpu", bar="drawing")
+        return images, f"{n} images of class {forget} drawn from the class-conditional teacher"
+
+    def some(count):  # which of `count` images are at hand
+        if count == 0:
+            raise ValueError(f"--data {source} holds no image of class {forget}")
+        return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: n or count].tolist()
+
+    folder = Path(source)
+    if source != "data" and not folder.is_dir():
+        raise OSError(f"--data {source} is no folder")
+    pictures = sorted(p for p in folder.glob("*") if p.suffix.lower() in PICTURES)
+    if (folder / "wnids.txt").is_file():  # tiny ImageNet: class k is the k-th line of wnids.txt
+        names = (folder / "wnids.txt").read_text().split()
+        if max(forget) >= len(names):
+            raise ValueError(f"--forget {max(forget)}: {source} has the classes 0..{len(names) - 1}")
+        pictures = sorted(p for k in forget for p in (folder / "train" / names[k] / "images").glob("*"))
+    if pictures:
+        images = torch.stack([read_picture(pictures[i], shape) for i in some(len(pictures))]) / 127.5 - 1
+    else:
+        images, labels = cifar10(folder) if (folder / "cifar-10-batches-py").is_dir() else mnist(folder, train=True)
+        images = images[torch.isin(labels, torch.tensor(forget))]
+        images = images[some(len(images))]
+    if images.shape[1:] != shape:
+        raise ValueError(f"--data {source} holds images of shape {tuple(images.shape[1:])}; the network draws {shape}")
+    return images, f"{len(images)} images from {source}"
+
+
+def read_posterior(words, unet):
+    """The variance of every weight of `unet`, whose own weights are the mean: name -> tensor. ValueError if the files
+    are of another network. words: a posterior's name or file, or several U-Nets', which then become the mean."""
+    words = words.split(",")
+    if len(words) > 1:
+        mean, variance = posterior([load_unet(word).state_dict() for word in words])
+        facts = {}
+    else:
+        variance, facts = read_tensors(words[0], "posterior")
+    if {k: v.shape for k, v in variance.items()} != {k: v.shape for k, v in unet.state_dict().items()}:
+        raise ValueError(f"--posterior {','.join(words)} is of another network than --teacher {unet.path.name}")
+    if facts.get("mean_sha256", checksum(unet.path)) != checksum(unet.path):
+        raise ValueError(f"--posterior {words[0]} belongs to other weights than those of --teacher {unet.path.name}")
+    if len(words) > 1:
+        unet.load_state_dict(mean)
+    return variance
+
+
+# ---------------------------------------------------------------------------- main
+
+
+def main(config):
+    with refusing():
+        unet = load_unet(config.teacher)
+        if unet.num_classes is not None:
+            raise ValueError(f"--teacher {config.teacher} is class-conditional; VDU is for unconditional ones")
+        variance = read_posterior(config.posterior, unet)
+        forget = parse_classes(config.forget, 1000)
+        if not forget:
+            raise ValueError("--forget none: there is nothing to do")
+        if config.t_min >= config.t_max:
+            raise ValueError(f"--t-min {config.t_min} must be below --t-max {config.t_max}")
+        judge = None if config.classifier == "none" else Judge(unet, config.classifier)
+        if judge:
+            check_forget(forget)
+        images, origin = undesired_images(config.data, forget, unet.image_shape, config.images, config.seed)
+    run = Run(config, f"runs/vdu-{config.preset}-forget{'-'.join(map(str, forget))}")
+    if run.rank == 0:
+        print(f"undesired: {origin}")
+    unet, schedule = unet.to(run.device), VPSchedule.linear().to(run.device)
+    teacher = copy.deepcopy(unet)  # mu*
+    judge = judge and judge.to(run.device)
+
+    train(config, run, unet, variance, images, schedule)
+
+    metrics = {"forget": forget, "undesired_images": len(images), "undesired_from": origin,
+               "training_seconds": run.seconds}
+    if run.rank == 0:
+        save_unet(unet, run.folder / "unlearned.safetensors", method="VDU", forget=forget, teacher=config.teacher,
+                  gamma=config.gamma, steps=config.steps, seed=config.seed)
+        samplers = {"before": unconditional_sampler(teacher, schedule), "after": unconditional_sampler(unet, schedule)}
+        for (name, sample), title in zip(samplers.items(), ("teacher", "VDU")):
+            drawn, _ = generate(sample, 100, unet.image_shape, 0, run.device)  # from the same noise
+            seen = judge(drawn)[1].argmax(1) if judge else None
+            image_grid(drawn, None, run.folder / f"samples_{name}.png", f"{title}, no class asked for", forget, seen)
+        if judge:
+            metrics |= evaluate_unconditional(samplers["after"], judge, forget, config.eval_images, teacher,
+                                              samplers["before"])
+            print(table(metrics))
+    run.finish(metrics)
+
+
+if __name__ == "__main__":
+    main(parse(Config, __doc__, PRESETS))
