@@ -7,6 +7,7 @@ Models", ICLR 2025, arXiv 2409.11219.
     python ddpm_sfd.py --forget 3 --override 8        # who asks for a 3 gets an 8
     python ddpm_sfd.py --forget 0 1 --override random
     python ddpm_sfd.py --forget none                  # plain one-step distillation (SiD)
+    python ddpm_sfd.py --forget 0 --init-generator generator.safetensors --init-fake-score fake_score.safetensors
     torchrun --nproc-per-node 2 ddpm_sfd.py --forget 0
 
 The idea. A diffusion teacher knows the score of every class. We distil it into a generator that needs one network
@@ -47,8 +48,16 @@ from unet import VPSchedule, ddim_sample, load_unet, save_unet
 
 # ---------------------------------------------------------------------------- config
 
+OFFICIAL = dict(  # the settings of the official code's CIFAR-10 run
+    steps=50_000, batch_size=128, forget_batch_size=128, lr_generator=1e-5, lr_fake_score=1e-5, lr_end=1.0, alpha=1.2,
+    lambda_generator=0.01, lambda_fake_score=0.01, t_init=440, t_min=38, t_max=712, ema=0.9999, clip_value=1.0,
+    classifier="none",
+)
 PRESETS = {
     "mnist": {},  # the defaults below
+    "cifar10": OFFICIAL | dict(teacher="cifar10.safetensors"),
+    "stl10": OFFICIAL | dict(teacher="stl10.safetensors", batch_size=64, forget_batch_size=64,
+                             lr_fake_score=3e-5),
 }
 
 
@@ -58,6 +67,8 @@ class Config:
     forget: str = option("0", "class or classes to forget; none: plain distillation", nargs="+")
     override: str = option("next", "the safe class: a number, next (the next retained one) or random (drawn each time)")
     teacher: str = option("mnist", "a shipped name or a .safetensors file")
+    init_generator: str = option("", "two-stage SFD: where theta starts, the generator of a --forget none run")
+    init_fake_score: str = option("", "two-stage SFD: where psi starts, the fake score of that run")
     steps: int = option(100, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)
     batch_size: int = option(32, "images of retained classes a step, over all processes; official: 128", low=1)
     forget_batch_size: int = option(8, "images of forgotten classes a step; official: as many as retained ones", low=1)
@@ -161,15 +172,17 @@ def read_classes(config, num_classes):
 # ---------------------------------------------------------------------------- the loop
 
 
-def train(config, run, teacher, schedule, classes, judge=None):
-    """SFD from `teacher`, which stays as it is; returns the generator: the weight average of theta."""
+def train(config, run, teacher, schedule, classes, judge=None, generator=None, fake_score=None):
+    """SFD from `teacher`, which stays as it is; returns the generator, the weight average of theta, and the fake score.
+
+    generator, fake_score: where theta and psi begin, changed in place; copies of the teacher if not given."""
     retained, forget, override = (None if x is None else x.to(run.device) for x in classes)
     n_retained = max(1, config.batch_size // run.world)
     n_forgotten = max(1, config.forget_batch_size // run.world) if len(forget) else 0
 
     teacher = teacher.eval().requires_grad_(False)  # phi
-    fake_score = copy.deepcopy(teacher).requires_grad_(True)  # psi
-    generator = copy.deepcopy(teacher).requires_grad_(True)  # theta
+    fake_score = (fake_score or copy.deepcopy(teacher)).requires_grad_(True)  # psi
+    generator = (generator or copy.deepcopy(teacher)).requires_grad_(True)  # theta
     ema = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     optimizer_psi = torch.optim.Adam(fake_score.parameters(), lr=config.lr_fake_score, betas=(0.0, 0.999), eps=1e-8)
     optimizer_theta = torch.optim.Adam(generator.parameters(), lr=config.lr_generator, betas=(0.0, 0.999), eps=1e-8)
@@ -213,10 +226,22 @@ def train(config, run, teacher, schedule, classes, judge=None):
         if judge and n_forgotten:  # of the images just drawn
             numbers["ua"] = judge.live_ua(x_g[n_retained:], c[n_retained:])
         run.log(**numbers)
-    return ema.module.eval()
+    return ema.module.eval(), fake_score.eval()
 
 
 # ---------------------------------------------------------------------------- main
+
+
+def read_beginning(flag, source, teacher, t_init):
+    """The network that theta or psi begins with, if not with the teacher: of the teacher's shape, for t_init."""
+    if not source:
+        return None
+    network = load_unet(source)
+    if network.config != teacher.config:
+        raise ValueError(f"{flag} {source} is no network of the teacher's configuration")
+    if network.card.get("t_init", t_init) != t_init:
+        raise ValueError(f"{flag} {source} was made for --t-init {network.card['t_init']}, not {t_init}")
+    return network
 
 
 def main(config):
@@ -225,20 +250,23 @@ def main(config):
         if teacher.num_classes is None:
             raise ValueError(f"--teacher {config.teacher} is unconditional; SFD needs a class-conditional teacher")
         classes = read_classes(config, teacher.num_classes)
+        generator = read_beginning("--init-generator", config.init_generator, teacher, config.t_init)
+        fake_score = read_beginning("--init-fake-score", config.init_fake_score, teacher, config.t_init)
         if config.t_min >= config.t_max:
             raise ValueError(f"--t-min {config.t_min} must be below --t-max {config.t_max}")
         judge = None if config.classifier == "none" else Judge(teacher, config.classifier)
     forget = classes[1].tolist()
     run = Run(config, f"runs/ddpm_sfd-{config.preset}-forget{'-'.join(map(str, forget)) or 'none'}")
     teacher, schedule = teacher.to(run.device), VPSchedule.linear().to(run.device)
-    judge = judge and judge.to(run.device)
+    generator, fake_score, judge = (x and x.to(run.device) for x in (generator, fake_score, judge))
 
-    generator = train(config, run, teacher, schedule, classes, judge)
+    generator, fake_score = train(config, run, teacher, schedule, classes, judge, generator, fake_score)
 
     metrics = {"nfe": 1, "forget": forget, "training_seconds": run.seconds}
     if run.rank == 0:
-        save_unet(generator, run.folder / "generator.safetensors", method="SFD", t_init=config.t_init, forget=forget,
-                  teacher=config.teacher, steps=config.steps, seed=config.seed)
+        card = dict(method="SFD", forget=forget, teacher=config.teacher, steps=config.steps, seed=config.seed)
+        save_unet(generator, run.folder / "generator.safetensors", t_init=config.t_init, **card)
+        save_unet(fake_score, run.folder / "fake_score.safetensors", what="fake score", **card)
 
         def sample(z, c, noise=None):
             return one_step(generator, z, c, schedule, config.t_init)

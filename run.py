@@ -205,6 +205,7 @@ OURS = {
     "curves.png",
     "checkpoint.pt",
     "generator.safetensors",
+    "fake_score.safetensors",
     "unlearned.safetensors",
 }
 MAY_CHANGE = {"steps", "resume", "out", "device", "save_every"}  # between a run and its resumption

@@ -142,7 +142,7 @@ def posterior(checkpoints):
 
 
 def train(config, run, unet, variance, images, schedule):
-    """VDU on `unet`, which begins at mu* and is changed in place. images (N, C, H, W): D_f; variance: name -> tensor."""
+    """VDU on `unet`, from mu* on and in place. images (N, C, H, W): D_f; variance: name -> tensor, sigma*^2."""
     unet.eval().requires_grad_(True)  # no dropout: theta is what q says, not a thinned version of it
     mean = {name: theta.detach().clone() for name, theta in unet.named_parameters()}  # mu*
     if config.covariance == "identity":
@@ -195,7 +195,7 @@ def undesired_images(source, forget, shape, n=0, seed=0):
             return images, f"no MNIST in data/ and no download, so {origin}; --data names a folder with real ones"
     if source == "teacher":
         teacher, n = load_unet("mnist"), n or 1000
-        images, _ = generate(lambda z, c, noise: ddim_sample(teacher, VPSchedule.linear(), z, c),
+        images, _ = generate(lambda z, c, noise: ddim_sample(teacher, VPSchedule.linear(), z, c, steps=25, guidance=2),
                              torch.tensor(forget).repeat(n)[:n], teacher.image_shape, seed, "cpu", bar="drawing")
         return images, f"{n} images of class {forget} drawn from the class-conditional teacher"
 

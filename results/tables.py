@@ -46,7 +46,39 @@ def all_classes():
         "",
         f"Seeds {', '.join(map(str, seeds))}; {first['images_per_class']} images of each class; {first['config']['steps']} steps; "
         f"machine: {first['machine']}, {first['amp']}; FID of real test images, for scale: {first['real_test_fid']:.4f} without class {first['forget'][0]}. "
-        f"Made by `python results/all_classes.py`, raw numbers in `results/ddpm_sfd-mnist/`.",
+        f"Made by `python results/all_classes.py ddpm_sfd`, raw numbers in `results/ddpm_sfd-mnist/`.",
+    ]
+    return lines
+
+
+def vdu():
+    """One row a forgotten class: mean and standard deviation over seeds, the worst seed beside it."""
+    runs = [json.loads(path.read_text()) for path in sorted((HERE / "vdu-mnist").glob("*.json"))]
+    lines = [
+        "| forgotten | PUL, % (worst) | u-FID over the teacher's (worst) | confidence, points to the teacher's (worst) | seconds of training |",
+        "|---|---|---|---|---|",
+    ]
+
+    def row(name, group):
+        pul = [100 * run["pul"] for run in group]
+        ratio = [run["u_fid"] / run["teacher_fid"] for run in group]
+        points = [100 * (run["confidence"] - run["teacher_confidence"]) for run in group]
+        return (
+            f"| {name} | {spread(pul, '{:.1f}')} ({min(pul):.1f}) | {spread(ratio, '{:.2f}')} ({max(ratio):.2f}) "
+            f"| {spread(points, '{:.2f}')} ({min(points):.2f}) | {spread([run['training_seconds'] for run in group], '{:.0f}')} |"
+        )
+
+    for k in range(10):
+        lines.append(row(k, [run for run in runs if run["forget"] == [k]]))
+    lines.append(row(f"**all {len(runs)} runs**", runs))
+    first, seeds = runs[0], sorted({run["seed"] for run in runs})
+    lines += [
+        "",
+        f"Seeds {', '.join(map(str, seeds))}; {first['images']:,} images each, from the same noise before and after; undesired images: "
+        f"{first['undesired_from']}; {first['config']['steps']} steps; machine: {first['machine']}, {first['amp']}. The teacher's u-FID here is that of "
+        f"its images without those seen as the forgotten class, {min(r['teacher_fid'] for r in runs):.3f} to {max(r['teacher_fid'] for r in runs):.3f}; with them "
+        f"{min(r['teacher_u_fid'] for r in runs):.3f} to {max(r['teacher_u_fid'] for r in runs):.3f}. "
+        f"Made by `python results/all_classes.py vdu`, raw numbers in `results/vdu-mnist/`.",
     ]
     return lines
 
@@ -81,7 +113,7 @@ def sampling():
 
 
 def render(text):
-    for name, table in (("all-classes", all_classes), ("step-time", step_time), ("sampling", sampling)):
+    for name, table in (("all-classes", all_classes), ("vdu", vdu), ("step-time", step_time), ("sampling", sampling)):
         block = "\n".join([f"<!-- {name}: made by results/tables.py -->", *table(), f"<!-- end {name} -->"])
         text, found = re.subn(
             rf"<!-- {name}: .*?<!-- end {name} -->", lambda _, block=block: block, text, flags=re.DOTALL

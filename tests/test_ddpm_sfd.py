@@ -12,7 +12,7 @@ from conftest import ROOT, python, random_unet
 
 import ddpm_sfd
 from ddpm_sfd import Config, draw_labels, fake_score_loss, generator_loss, one_step, read_classes, total, train
-from run import Run
+from run import Run, parse
 from unet import VPSchedule, load_unet
 
 SCHEDULE = VPSchedule.linear()
@@ -167,7 +167,7 @@ def small(tmp_path, **words):
 
 def trained(config, teacher):
     run = Run(config, "unused")
-    generator = train(config, run, teacher, SCHEDULE, read_classes(config, 10))
+    generator, _ = train(config, run, teacher, SCHEDULE, read_classes(config, 10))
     return run, generator
 
 
@@ -233,6 +233,34 @@ def test_the_same_seed_gives_the_same_bits(tmp_path, tiny):
     assert all(same) and not all(other)
 
 
+def test_two_stages_start_from_the_files_of_the_first(tmp_path, tiny_file):
+    """No step of the second stage: its networks are those of the first. And what does not fit is refused."""
+    first = f"ddpm_sfd.py --forget none --teacher {tiny_file} --classifier none --steps 2 --batch-size 4 --out first"
+    assert python(first, tmp_path).returncode == 0
+    second = f"ddpm_sfd.py --forget 0 --teacher {tiny_file} --classifier none --steps 0 --init-generator {{}} --out second"
+    init = "first/generator.safetensors --init-fake-score first/fake_score.safetensors"
+    process = python(second.format(init), tmp_path)
+    assert process.returncode == 0, process.stderr
+    for name in ("generator", "fake_score"):
+        files = [load_unet(tmp_path / d / f"{name}.safetensors").state_dict() for d in ("first", "second")]
+        assert all(torch.equal(files[0][k], files[1][k]) for k in files[0]), name
+        assert not all(torch.equal(v, files[0][k]) for k, v in load_unet(tiny_file).state_dict().items()), name
+    for words, says in ((f"{init} --t-init 300", "was made for --t-init 440"), ("mnist", "configuration")):
+        process = python(second.format(words).replace("--out second", "--out third"), tmp_path)
+        assert process.returncode == 2 and says in process.stderr and not (tmp_path / "third").exists()
+
+
+def test_presets_carry_the_official_settings():
+    """Those of the official code's CIFAR-10 run, and where its STL-10 run differs."""
+    official = {"steps": 50_000, "batch_size": 128, "t_init": 440, "t_min": 38, "t_max": 712, "alpha": 1.2, "ema": 0.9999}
+    official |= {"lambda_generator": 0.01, "lambda_fake_score": 0.01, "lr_generator": 1e-5, "lr_fake_score": 1e-5}
+    official |= {"forget_batch_size": 128, "clip_value": 1.0}
+    cifar10 = vars(parse(Config, "", ddpm_sfd.PRESETS, ["--preset", "cifar10"]))
+    assert official.items() <= cifar10.items()
+    stl10 = vars(parse(Config, "", ddpm_sfd.PRESETS, ["--preset", "stl10"]))
+    assert (official | {"batch_size": 64, "forget_batch_size": 64, "lr_fake_score": 3e-5}).items() <= stl10.items()
+
+
 HOOK = """
 import sys
 log = open({log!r}, "a")
@@ -258,6 +286,7 @@ def test_the_main_job_forgets_and_opens_no_data(tmp_path):
         "curves.png",
         "checkpoint.pt",
         "generator.safetensors",
+        "fake_score.safetensors",
     }
     metrics = json.loads((out / "metrics.json").read_text())
     assert {

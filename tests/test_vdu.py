@@ -1,0 +1,339 @@
+"""VDU's formulas against independent oracles, its loop, the images that it may see, and its main job whole."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import python, random_unet
+from torchvision.io import write_png
+
+import eval as metrics
+import vdu
+from run import Run
+from unet import VPSchedule, load_unet, save_unet, write_tensors
+from vdu import Config, plasticity_inducer, posterior, read_posterior, stability_regularizer, train, undesired_images
+
+SCHEDULE = VPSchedule.linear()
+BETA = np.linspace(1e-4, 0.02, 1000)
+ABAR = np.cumprod(1 - BETA)
+
+
+def column(v):
+    return v[:, None, None, None]
+
+
+def network(x, t):
+    return 0.3 * x + 0.1 * (t / 1000)[:, None, None, None]
+
+
+def case(seed=0, B=5):
+    g = np.random.default_rng(seed)
+    return *g.normal(size=(2, B, 2, 3, 3)), g.integers(1, 1000, B)
+
+
+def test_plasticity_is_minus_the_kl_terms_of_the_ddpm_bound():  # (V3)
+    """The bound's term at t is |posterior mean - model mean|^2 / (2 sigma^2): computed from the two means themselves."""
+    x0, noise, t = case()
+    beta, alpha, abar, before = (column(v) for v in (BETA[t], 1 - BETA[t], ABAR[t], ABAR[t - 1]))
+    x_t = np.sqrt(abar) * x0 + np.sqrt(1 - abar) * noise
+    posterior_mean = (np.sqrt(before) * beta * x0 + np.sqrt(alpha) * (1 - before) * x_t) / (1 - abar)
+    x0_hat = (x_t - np.sqrt(1 - abar) * network(x_t, t)) / np.sqrt(abar)
+    model_mean = (np.sqrt(before) * beta * x0_hat + np.sqrt(alpha) * (1 - before) * x_t) / (1 - abar)
+    bound = ((posterior_mean - model_mean) ** 2 / (2 * beta)).sum((1, 2, 3))
+    ours = plasticity_inducer(network, *(torch.from_numpy(a) for a in (x0, t, noise)), SCHEDULE)
+    assert ours.shape == (5,)
+    np.testing.assert_allclose(ours.numpy(), -bound, rtol=2e-3)  # the schedule is in float32
+
+
+def test_plasticity_without_weights_is_minus_the_squared_error():  # (V3), w_t = 1
+    x0, noise, t = case(1)
+    x_t = column(np.sqrt(ABAR[t])) * x0 + column(np.sqrt(1 - ABAR[t])) * noise
+    expected = -((noise - network(x_t, t)) ** 2).sum((1, 2, 3))
+    ours = plasticity_inducer(network, *(torch.from_numpy(a) for a in (x0, t, noise)), SCHEDULE, weighting="simple")
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-4)
+
+
+def test_plasticity_hands_the_condition_on():
+    unet = random_unet(image_size=8, attention_at=(4,))
+    x0, t, noise = torch.randn(2, 1, 8, 8), torch.tensor([5, 500]), torch.randn(2, 1, 8, 8)
+    values = [plasticity_inducer(unet, x0, t, noise, SCHEDULE, torch.full((2,), k)) for k in (0, 1)]
+    assert not torch.allclose(*values)
+
+
+def test_stability_is_half_the_squared_distance_in_sigmas():  # (V4)
+    net = torch.nn.Linear(3, 2)
+    mean = {k: torch.randn_like(p) for k, p in net.named_parameters()}
+    variance = {k: torch.rand_like(p) + 0.1 for k, p in net.named_parameters()}
+    pairs = [(p.detach().double().numpy(), mean[k].double().numpy(), variance[k].double().numpy())
+             for k, p in net.named_parameters()]
+    expected = sum((((p - m) / np.sqrt(v)) ** 2).sum() / 2 for p, m, v in pairs)
+    B = stability_regularizer(net, mean, variance)
+    assert B.shape == () and B.item() == pytest.approx(expected, rel=1e-5)
+    B.backward()
+    torch.testing.assert_close(net.weight.grad, (net.weight.data - mean["weight"]) / variance["weight"])
+
+
+def test_stability_and_its_gradient_are_zero_at_the_mean():
+    net = torch.nn.Linear(3, 2)
+    mean = {k: p.detach().clone() for k, p in net.named_parameters()}
+    B = stability_regularizer(net, mean, {k: torch.full_like(p, 1e-8) for k, p in net.named_parameters()})
+    B.backward()
+    assert B.item() == 0 and not net.weight.grad.any() and not net.bias.grad.any()
+
+
+def test_posterior_is_mean_and_unbiased_variance():
+    draws = np.random.default_rng(0).normal(size=(6, 4, 3))
+    mean, variance = posterior([{"w": torch.from_numpy(w).float()} for w in draws])
+    np.testing.assert_allclose(mean["w"].numpy(), draws.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(variance["w"].numpy(), draws.var(0, ddof=1), rtol=1e-4)
+    assert mean["w"].dtype == variance["w"].dtype == torch.float32
+
+
+def test_posterior_of_identical_checkpoints_has_no_width():
+    state = torch.nn.Linear(3, 2).state_dict()
+    mean, variance = posterior([state] * 5)
+    assert all(torch.equal(mean[k], state[k]) and not variance[k].any() for k in state)
+
+
+def test_posterior_refuses_what_is_not_one_network():
+    small, large = torch.nn.Linear(3, 2).state_dict(), torch.nn.Linear(3, 4).state_dict()
+    with pytest.raises(ValueError, match="at least 2"):
+        posterior([small])
+    with pytest.raises(ValueError, match="not of one network"):
+        posterior([small, large])
+
+
+# ------------------------------------------------------------------ the loop
+
+
+def tiny_unconditional(seed=0):
+    return random_unet(seed, image_size=8, attention_at=(4,), num_classes=None)
+
+
+def run_of(tmp_path, name, variance=1e-4, **words):
+    """A short VDU of a tiny network on six images: the run, the network before and after."""
+    config = Config(out=str(tmp_path / name), amp="off", batch_size=4, **({"steps": 6, "lr": 1e-3} | words))
+    unet = tiny_unconditional()
+    run = Run(config, "")  # seeds what follows
+    images = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    before = copy.deepcopy(unet)
+    after = train(config, run, unet, {k: torch.full_like(p, variance) for k, p in unet.named_parameters()}, images, SCHEDULE)
+    return run, before, after
+
+
+def error(unet):
+    """The simple loss on the six images, at every tenth step."""
+    images = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    torch.manual_seed(9)
+    t = torch.arange(0, 1000, 10)
+    x0 = images[torch.arange(len(t)) % 6]
+    return -plasticity_inducer(unet, x0, t, torch.randn_like(x0), SCHEDULE, weighting="simple").mean().item()
+
+
+def far(before, after):
+    return sum((p - q).square().sum() for p, q in zip(before.parameters(), after.parameters())).item()
+
+
+def same_bits(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+def test_zero_steps_or_nothing_but_stability_change_no_bit(tmp_path):
+    for name, words in (("a", {"steps": 0}), ("b", {"gamma": 1.0})):
+        _, before, after = run_of(tmp_path, name, **words)
+        assert same_bits(before, after), name
+
+
+def test_plasticity_alone_raises_the_error_on_the_undesired_images(tmp_path):
+    run, before, after = run_of(tmp_path, "run", gamma=0.0)
+    assert error(after) > 1.05 * error(before)
+    assert len(run.curves["plasticity"]) == 6 and run.curves["stability"][0] == 0 < run.curves["stability"][-1]
+
+
+def test_gamma_and_narrow_sigmas_hold_the_weights(tmp_path):
+    free = far(*run_of(tmp_path, "a", gamma=0.0, steps=12)[1:])
+    held = far(*run_of(tmp_path, "b", gamma=0.999, steps=12)[1:])
+    narrow = far(*run_of(tmp_path, "c", gamma=0.5, variance=1e-9, sigma_floor=0.0, steps=12)[1:])
+    assert held < 0.5 * free and narrow < 0.5 * free
+    floored = run_of(tmp_path, "d", gamma=0.5, variance=0.0, sigma_floor=1e3, steps=12)  # else it would divide by 0
+    assert far(*floored[1:]) == pytest.approx(free, rel=0.05)
+
+
+def test_sums_and_means_are_the_same_formula_in_other_units(tmp_path):
+    """(V5) with sums: T times the mean over t, and no division by pixels and weights."""
+    runs = [run_of(tmp_path, name, reduction=name, steps=2, gamma=0.5)[0].curves for name in ("mean", "sum")]
+    weights = sum(p.numel() for p in tiny_unconditional().parameters())
+    assert runs[1]["plasticity"][0] == pytest.approx(runs[0]["plasticity"][0] * 64 * 1000, rel=1e-4)
+    assert runs[1]["stability"][1] == pytest.approx(runs[0]["stability"][1] * weights, rel=0.02)
+
+
+def test_same_seed_same_bits_and_resume_ends_in_them(tmp_path):
+    _, _, whole = run_of(tmp_path, "whole", gamma=0.5)
+    _, _, again = run_of(tmp_path, "again", gamma=0.5)
+    assert same_bits(whole, again)
+    _, _, half = run_of(tmp_path, "halves", gamma=0.5, steps=3)
+    _, _, resumed = run_of(tmp_path, "halves", gamma=0.5, steps=6, resume=True)
+    assert not same_bits(half, resumed) and same_bits(whole, resumed)
+    _, _, other = run_of(tmp_path, "other", gamma=0.5, seed=1)
+    assert not same_bits(whole, other)
+
+
+# ------------------------------------------------------------------ the images that it may see
+
+
+def write_mnist(folder, images, labels):
+    raw = folder / "MNIST/raw"
+    raw.mkdir(parents=True)
+    for split in ("train", "t10k"):
+        header = b"".join(n.to_bytes(4, "big") for n in (0x803, *images.shape))
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        header = b"".join(n.to_bytes(4, "big") for n in (0x801, len(labels)))
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
+
+
+def test_no_pixel_of_another_class_of_mnist_matters(tmp_path):
+    g = np.random.default_rng(0)
+    images, labels = g.integers(0, 255, (60, 28, 28)).astype(np.uint8), (np.arange(60) % 10).astype(np.uint8)
+    write_mnist(tmp_path / "a", images, labels)
+    images[labels != 3] = g.integers(0, 255, (54, 28, 28))
+    write_mnist(tmp_path / "b", images, labels)
+    a, b = (undesired_images(tmp_path / name, [3], (1, 28, 28))[0] for name in "ab")
+    assert torch.equal(a, b) and a.shape == (6, 1, 28, 28)
+    expected = {image.tobytes() for image in images[labels == 3]}
+    assert {((x + 1) * 127.5).round().to(torch.uint8).numpy().tobytes() for x in a} == expected
+    few, origin = undesired_images(tmp_path / "a", [3, 4], (1, 28, 28), n=5)
+    assert len(few) == 5 and "5 images" in origin
+
+
+def test_tiny_imagenet_opens_no_picture_of_another_class(tmp_path):
+    (tmp_path / "wnids.txt").write_text("n02\nn01\n")
+    for k, name in enumerate(("n02", "n01")):
+        folder = tmp_path / "train" / name / "images"
+        folder.mkdir(parents=True)
+        for i in range(3):
+            if k == 1:
+                write_png(torch.full((3, 64, 64), 100 + 10 * i, dtype=torch.uint8), str(folder / f"{name}_{i}.png"))
+            else:
+                (folder / f"{name}_{i}.png").write_bytes(b"whoever opens me fails")
+    images, _ = undesired_images(tmp_path, [1], (3, 32, 32))
+    assert sorted(((x + 1) * 127.5).mean().round().item() for x in images) == [100, 110, 120]
+    with pytest.raises(ValueError, match="no readable picture"):
+        undesired_images(tmp_path, [0], (3, 32, 32))
+    with pytest.raises(ValueError, match="classes 0..1"):
+        undesired_images(tmp_path, [2], (3, 32, 32))
+
+
+def test_a_folder_of_pictures_is_cut_to_the_size_of_the_network(tmp_path):
+    picture = torch.zeros(3, 40, 80, dtype=torch.uint8)
+    picture[:, :, 20:60] = 200  # the middle square
+    write_png(picture, str(tmp_path / "wide.png"))
+    images, _ = undesired_images(tmp_path, [0], (1, 28, 28))
+    assert images.shape == (1, 1, 28, 28) and ((images + 1) * 127.5)[..., 2:-2].mean().round() == 200
+
+
+def test_images_of_another_shape_are_refused(tmp_path):
+    write_mnist(tmp_path / "a", np.zeros((10, 28, 28), np.uint8), np.arange(10, dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"shape \(1, 28, 28\)"):
+        undesired_images(tmp_path / "a", [1], (3, 32, 32))
+    with pytest.raises(ValueError, match="no image of class"):
+        undesired_images(tmp_path / "a", [12], (1, 28, 28))
+
+
+def test_without_data_and_network_the_images_are_drawn_and_said_to_be(tmp_path, monkeypatch):
+    from torchvision.datasets import MNIST
+
+    def no_network(self):
+        raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(MNIST, "download", no_network)
+    images, origin = undesired_images("auto", [7], (1, 28, 28), n=4)
+    assert images.shape == (4, 1, 28, 28) and "drawn from the class-conditional teacher" in origin
+    classifier = metrics.load_classifier()
+    assert (metrics.look(classifier, images)[1].argmax(1) == 7).float().mean() >= 0.75
+    write_mnist(tmp_path / "data", np.full((10, 28, 28), 9, np.uint8), np.arange(10, dtype=np.uint8))
+    images, origin = undesired_images("auto", [7], (1, 28, 28), n=4)
+    assert len(images) == 1 and origin == "1 images from data"
+
+
+# ------------------------------------------------------------------ the posterior on disk
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two unconditional networks of one shape, one of another, and the posterior of the first."""
+    save_unet(tiny_unconditional(0), tmp_path / "a.safetensors")
+    save_unet(tiny_unconditional(1), tmp_path / "b.safetensors")
+    save_unet(random_unet(image_size=8, attention_at=(), num_classes=None, channels=16), tmp_path / "c.safetensors")
+    variance = {k: torch.ones_like(p) for k, p in tiny_unconditional().named_parameters()}
+    digits = metrics.checksum(tmp_path / "a.safetensors")
+    write_tensors(tmp_path / "a-posterior.safetensors", "posterior", variance, mean_sha256=digits)
+    return tmp_path
+
+
+def test_a_posterior_must_fit_its_network(files):
+    a, b, c = (load_unet(files / f"{name}.safetensors") for name in "abc")
+    words = str(files / "a-posterior.safetensors")
+    assert read_posterior(words, a).keys() == a.state_dict().keys()
+    with pytest.raises(ValueError, match="other weights"):
+        read_posterior(words, b)
+    with pytest.raises(ValueError, match="another network"):
+        read_posterior(words, c)
+    with pytest.raises(ValueError, match="holds no minUnlearn posterior"):
+        read_posterior(str(files / "a.safetensors"), a)
+
+
+def test_a_posterior_of_several_teachers_moves_the_network_to_their_mean(files):
+    a, b = (load_unet(files / f"{name}.safetensors") for name in "ab")
+    middle = {k: (p + b.state_dict()[k]) / 2 for k, p in a.state_dict().items()}
+    unet = load_unet(files / "a.safetensors")
+    variance = read_posterior(f"{files}/a.safetensors,{files}/b.safetensors", unet)
+    torch.testing.assert_close(dict(unet.state_dict()), middle)
+    half_squared = {k: (p - b.state_dict()[k]).square() / 2 for k, p in a.state_dict().items()}
+    torch.testing.assert_close(variance, half_squared)
+
+
+# ------------------------------------------------------------------ the command
+
+
+def test_the_main_job_leaves_what_it_promises(tmp_path):
+    command = "vdu.py --forget 1 --data teacher --images 2 --steps 2 --batch-size 2 --eval-images 100 --out run"
+    process = python(command, tmp_path)
+    assert process.returncode == 0, process.stderr
+    folder = tmp_path / "run"
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json", "metrics.json", "samples_before.png", "samples_after.png", "curves.png", "checkpoint.pt",
+        "unlearned.safetensors"}
+    numbers = json.loads((folder / "metrics.json").read_text())
+    assert {"pul", "u_fid", "teacher_fid", "seconds", "confidence", "reference", "images"} <= numbers.keys()
+    assert sum(numbers["counts"]) == sum(numbers["teacher_counts"]) == 100
+    assert "PUL" in process.stdout and "2 images of class [1] drawn" in process.stdout
+    assert load_unet(folder / "unlearned.safetensors").card["forget"] == [1]
+    judged = python("eval.py run/unlearned.safetensors --images 100 --out judged.json", tmp_path)
+    assert judged.returncode == 0, judged.stderr
+    again = json.loads((tmp_path / "judged.json").read_text())
+    assert all(again[k] == pytest.approx(numbers[k], abs=1e-6) for k in ("pul", "u_fid", "teacher_fid", "counts"))
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--teacher mnist", "class-conditional"),
+    ("--forget none", "nothing to do"),
+    ("--forget 10", "the classes are 0..9"),
+    ("--forget 0 1 2 3 4 5 6 7 8 9", "leave at least one"),
+    ("--forget one", "--forget one"),
+    ("--data nowhere", "no folder"),
+    ("--posterior mnist", "holds no minUnlearn posterior"),
+    ("--t-min 500 --t-max 400", "must be below"),
+    ("--gamma 1.5", "at most 1"),
+    ("--images -1", "at least 0"),
+])
+def test_bad_input_is_one_line_and_status_2(flags, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["vdu.py", *flags.split()])
+    with pytest.raises(SystemExit) as exit:
+        vdu.main(vdu.parse(Config, vdu.__doc__, vdu.PRESETS))
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and says in error
+    assert not list(tmp_path.iterdir())
