@@ -318,10 +318,11 @@ def generate(sample, labels, shape, seed, device, batch=250, bar=None):
 def class_moments(features, labels, classes=10):
     """Moments of each class in turn, and its number of images: features (N, D), labels (N,) -> (K, D), (K, D, D), (K,).
 
-    A class of fewer than two images has moments 0."""
+    A class of one image has covariance 0, and one of none mean 0 too."""
     counts, D = labels.bincount(minlength=classes), features.shape[1]
-    none = torch.zeros(D).double(), torch.zeros(D, D).double()
-    pairs = [moments(features[labels == k]) if counts[k] > 1 else none for k in range(classes)]
+    nothing = torch.zeros(D, D).double()
+    pairs = [moments(features[labels == k]) if counts[k] > 1 else (features[labels == k].double().sum(0), nothing)
+             for k in range(classes)]
     return torch.stack([m for m, _ in pairs]), torch.stack([c for _, c in pairs]), counts
 
 
@@ -419,7 +420,7 @@ def evaluate_unconditional(sample, judge, forget, n=2000, teacher=None, teacher_
         "pul": percent_unlearned(n_before, n_after),
         "n_before": n_before,
         "n_after": n_after,
-        "u_fid": frechet_distance(*moments(features), *real),
+        "u_fid": frechet_distance(*pool(*class_moments(features, probabilities.argmax(1))), *real),
         "teacher_fid": frechet_distance(*pool(*(x[kept] for x in before)), *real),
         "teacher_u_fid": frechet_distance(*pool(*before), *real),
         "real_test_fid": frechet_distance(*pool(*(x[kept] for x in judge.statistics["test"])), *real),

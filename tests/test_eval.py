@@ -51,6 +51,85 @@ def test_pooled_moments_are_those_of_the_classes_together():
     torch.testing.assert_close(cov, torch.cov(together.T, correction=0))
 
 
+def test_moments_pooled_in_proportion_are_those_of_all_images_together():
+    parts = [some_moments(s, n=200, shift=s)[0][:n] for s, n in ((0, 50), (1, 200), (2, 1))]
+    labels = torch.cat([torch.full((len(p),), k) for k, p in enumerate(parts)])
+    means, covariances, counts = metrics.class_moments(torch.cat(parts), labels, 4)
+    assert counts.tolist() == [50, 200, 1, 0] and not covariances[2:].any()
+    mean, covariance = metrics.pool(means, covariances, counts)
+    together = torch.cat(parts).double()
+    torch.testing.assert_close(mean, together.mean(0))
+    torch.testing.assert_close(covariance, torch.cov(together.T), rtol=3e-2, atol=3e-2)  # 1 / n against 1 / (n - 1)
+
+
+def test_percent_unlearned_known_answers():
+    assert metrics.percent_unlearned(200, 20) == 0.9 and metrics.percent_unlearned(10, 0) == 1
+    assert metrics.percent_unlearned(10, 15) == -0.5  # more than before
+    with pytest.raises(ValueError, match="before unlearning"):
+        metrics.percent_unlearned(0, 0)
+
+
+def test_mean_confidence_known_answers():
+    p = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.0, 0.9]])
+    assert metrics.mean_confidence(p) == pytest.approx(0.8)
+    assert metrics.mean_confidence(torch.full((3, 10), 0.1)) == pytest.approx(0.1)  # noise, at a loss
+
+
+class Stand:
+    """A judge that reads features and class off the images themselves: no network, so that every answer is known."""
+
+    def __init__(self, before, n):
+        features, probabilities = self.look(before)
+        sets = {"train": class_sets(seed=1), "test": class_sets(seed=2)}
+        sets["unconditional"] = metrics.class_moments(features, probabilities.argmax(1))
+        facts = {"sha256": "teacher", "images": n, "evaluation_seed": 0, "confidence": 1.0, "sampler": "stand-in"}
+        self.statistics, self.device = sets, "cpu"
+        self.facts = {"unconditional": facts, "features": "pixels"}
+
+    def look(self, images):
+        x = images.flatten(1)
+        seen = ((x[:, 0] + 1) * 127.5 / 25).round().long()
+        return x[:, :3].float(), torch.nn.functional.one_hot(seen, 10).float()
+
+    __call__ = look
+
+
+def class_sets(seed):
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(1000) % 10
+    features = torch.rand(1000, 3, generator=g) * 2 - 1
+    features[:, 0] = labels * 25 / 127.5 - 1
+    return metrics.class_moments(features, labels)
+
+
+def drawn(classes):
+    """A sampler that draws the given classes in turn: the first pixel says which, the others come from the noise."""
+
+    def sample(z, c, noise):
+        assert c is None
+        x = z.clamp(-1, 1)
+        k = torch.tensor([classes[i % len(classes)] for i in range(len(x))])
+        x[:, 0, 0, 0] = k * 25 / 127.5 - 1
+        return x
+
+    return sample
+
+
+def test_unconditional_report_counts_the_forgotten_class_before_and_after(monkeypatch):
+    before, _ = metrics.generate(drawn(range(10)), 500, (1, 28, 28), 0, "cpu", batch=50)
+    judge, teacher = Stand(before, 500), type("Net", (), {"path": "teacher"})
+    monkeypatch.setattr(metrics, "checksum", lambda path: path)
+    same = metrics.evaluate_unconditional(drawn(range(10)), judge, [3], 500, teacher)
+    assert same["pul"] == 0 and same["n_before"] == 50 and same["u_fid"] == pytest.approx(same["teacher_u_fid"])
+    gone = metrics.evaluate_unconditional(drawn([0, 1, 2, 4, 5, 6, 7, 8, 9, 9]), judge, [3], 500, teacher)
+    assert gone["pul"] == 1 and gone["counts"][3] == 0 and gone["counts"][9] == 100 and gone["confidence"] == 1
+    assert gone["teacher_counts"] == [50] * 10
+    # numbers that the statistics do not hold are drawn anew: here a teacher that draws 3s twice as often
+    other = metrics.evaluate_unconditional(drawn(range(10)), judge, [3], 500, type("Net", (), {"path": "other"}),
+                                           drawn([0, 1, 2, 3, 4, 5, 6, 3, 8, 9]))
+    assert other["n_before"] == 100 and other["pul"] == 0.5
+
+
 def test_precision_recall_known_answers():
     g = torch.Generator().manual_seed(0)
     cloud = torch.randn(300, 4, generator=g)

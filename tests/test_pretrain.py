@@ -5,11 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, python
+from conftest import ROOT, python, random_unet
 
 import eval as metrics
-from pretrain import jitter
+import pretrain
+from pretrain import jitter, without_classes
+from run import Run
 from unet import load_unet
+from vdu import read_posterior
 
 
 @pytest.fixture
@@ -66,6 +69,58 @@ def test_the_teacher_command_leaves_weights_and_a_card(tmp_path, data):
     assert (tmp_path / "whole/mnist-3.safetensors").exists()
 
 
+def test_the_unconditional_network_inside_a_conditional_one_is_the_null_label():
+    conditional = random_unet(image_size=8, attention_at=(4,))
+    alone = without_classes(conditional).eval()
+    x, t = torch.randn(4, 1, 8, 8), torch.tensor([0, 10, 500, 999])
+    null = torch.full((4,), conditional.null_label)
+    torch.testing.assert_close(alone(x, t), conditional(x, t, null), rtol=1e-4, atol=1e-5)
+    assert alone.num_classes is None and not torch.allclose(alone(x, t), conditional(x, t, torch.zeros_like(null)))
+
+
+def posterior_run(out, data, **words):
+    config = dict(what="mnist-posterior", init="mnist", data=str(data), batch_size=8, checkpoints=2, steps=4, amp="off")
+    config = pretrain.Config(out=str(out), save_every=3, **config, **words)
+    run = Run(config, "")
+    pretrain.train_posterior(config, run)
+    run.finish({})
+    return torch.load(out / "checkpoint.pt", weights_only=True)["state"]["finished"]
+
+
+@pytest.mark.slow
+def test_the_posterior_is_of_networks_trained_apart_from_a_common_beginning(tmp_path, data, monkeypatch):
+    """Two networks, two steps each. Their mean and variance are what is written; a resumed run writes the same bits."""
+    finished = posterior_run(tmp_path / "whole", data)
+    a, b = ({k[2:]: v for k, v in finished.items() if k.startswith(f"{i}.")} for i in (0, 1))
+    beginning = without_classes(load_unet("mnist")).state_dict()
+    name = "conv_out.weight"
+    assert not any(torch.equal(x, y) for x, y in ((a[name], b[name]), (a[name], beginning[name])))
+    mean = load_unet(tmp_path / "whole/mnist-unconditional.safetensors")
+    torch.testing.assert_close(mean.state_dict()[name], (a[name] + b[name]) / 2)
+    variance = read_posterior(str(tmp_path / "whole/mnist-unconditional-posterior.safetensors"), mean)
+    torch.testing.assert_close(variance[name], (a[name] - b[name]).square() / 2, rtol=1e-3, atol=1e-12)
+    for kind in ("", "-posterior"):
+        path = tmp_path / f"whole/mnist-unconditional{kind}.safetensors"
+        assert json.loads(path.with_suffix(".json").read_text())["sha256"] == metrics.checksum(path)
+
+    calls = []
+
+    def power_cut(*words):  # in the second network, after the checkpoint at step 3
+        calls.append(1)
+        if len(calls) == 4:
+            raise SystemError
+        return loss(*words)
+
+    loss = pretrain.weighted_denoising_loss
+    monkeypatch.setattr(pretrain, "weighted_denoising_loss", power_cut)
+    with pytest.raises(SystemError):
+        posterior_run(tmp_path / "cut", data)
+    monkeypatch.undo()
+    posterior_run(tmp_path / "cut", data, resume=True)
+    for file in ("mnist-unconditional.safetensors", "mnist-unconditional-posterior.safetensors"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
+
+
 @pytest.mark.slow
 def test_the_classifier_command_learns(tmp_path, data):
     process = python(f"pretrain.py mnist-classifier --data {data} --batch-size 40 --steps 60 --out out", tmp_path)
@@ -77,12 +132,14 @@ def test_the_classifier_command_learns(tmp_path, data):
 
 @pytest.mark.slow
 def test_the_statistics_command_describes_the_real_images_and_the_teacher(tmp_path, data):
-    process = python(f"pretrain.py mnist-statistics --data {data} --per-class 2 --out out", tmp_path)
+    process = python(f"pretrain.py mnist-statistics --data {data} --per-class 2 --images 100 --out out", tmp_path)
     assert process.returncode == 0, process.stderr
     statistics, facts = metrics.load_statistics(tmp_path / "out/mnist-statistics.safetensors")
     images, labels = metrics.mnist(str(data), train=True)
     features, _ = metrics.look(metrics.load_classifier(), images)
     torch.testing.assert_close(statistics["train"][0][7], features[labels == 7].double().mean(0), rtol=1e-4, atol=1e-5)
+    assert statistics["train"][2].tolist() == [4] * 10 and statistics["unconditional"][2].sum() == 100
+    assert facts["unconditional"]["images"] == 100 and 0.5 < facts["unconditional"]["confidence"] <= 1
     assert facts["teacher"]["images"] == 20 and len(facts["teacher"]["class_accuracy"]) == 10
 
 
@@ -105,9 +162,11 @@ def test_shipped_cards_tell_the_truth(path):
 
 
 def test_shipped_weights_are_small_and_good_enough():
-    assert {p.stem for p in cards()} == {"mnist", "mnist-classifier", "mnist-statistics"}
+    names = {"mnist", "mnist-classifier", "mnist-statistics", "mnist-unconditional", "mnist-unconditional-posterior"}
+    assert {p.stem for p in cards()} == names
     read = {p.stem: json.loads(p.read_text()) for p in cards()}
     assert read["mnist"]["bytes"] <= 3_000_000 and read["mnist-classifier"]["bytes"] <= 2_000_000
+    assert sum(read[f"mnist-unconditional{part}"]["bytes"] for part in ("", "-posterior")) <= 8_000_000
     assert read["mnist-classifier"]["scores"]["test_accuracy"] >= 0.994
-    assert read["mnist-statistics"]["scores"]["teacher"]["accuracy"] >= 0.96  # the aim is 0.98; see the README
+    assert read["mnist-statistics"]["scores"]["teacher"]["accuracy"] >= 0.98
     assert read["mnist-statistics"]["scores"]["teacher"]["images"] >= 2000
