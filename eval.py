@@ -219,27 +219,37 @@ def load_statistics(name="mnist-statistics"):
     }, facts
 
 
-def mnist(folder, train):
-    """Real images (N, 1, 28, 28) in [-1, 1], float32, and labels (N,), by torchvision. What is not in `folder` is
-    downloaded; OSError when that cannot be."""
-    from torchvision.datasets import MNIST  # here alone: nothing else in this file opens a data set
+def open_dataset(name, folder, **split):
+    """A data set of torchvision's, in `folder` or downloaded there; OSError when it is not there and cannot be had."""
+    import torchvision.datasets  # here alone: nothing else in this file opens a data set
 
+    dataset = getattr(torchvision.datasets, name)
     try:
-        data = MNIST(folder, train=train, download=False)
+        return dataset(folder, **split, download=False)
     except RuntimeError:  # torchvision's word for "not there"
         try:
-            data = MNIST(folder, train=train, download=True)
-        except RuntimeError as error:
-            raise OSError(f"MNIST does not lie in {folder!r} and could not be downloaded ({error})") from None
+            return dataset(folder, **split, download=True)
+        except (RuntimeError, OSError) as error:
+            raise OSError(f"{name} does not lie in {str(folder)!r} and could not be downloaded ({error})") from None
+
+
+def mnist(folder, train):
+    """Real images (N, 1, 28, 28) in [-1, 1], float32, and labels (N,), by torchvision."""
+    data = open_dataset("MNIST", folder, train=train)
     return data.data[:, None] / 127.5 - 1, data.targets
 
 
 def cifar10(folder):
     """Training images (50000, 3, 32, 32) in [-1, 1], float32, and labels (50000,), by torchvision."""
-    from torchvision.datasets import CIFAR10
-
-    data = CIFAR10(folder, train=True)
+    data = open_dataset("CIFAR10", folder, train=True)
     return torch.from_numpy(data.data).permute(0, 3, 1, 2) / 127.5 - 1, torch.tensor(data.targets)
+
+
+def stl10(folder):
+    """Labelled training images (5000, 3, 64, 64), shrunk from 96 px, in [-1, 1], and labels (5000,), by torchvision."""
+    data = open_dataset("STL10", folder, split="train")
+    images = F.interpolate(torch.from_numpy(data.data) / 127.5 - 1, size=64, mode="bilinear", antialias=True)
+    return images.clamp(-1, 1), torch.from_numpy(data.labels).long()
 
 
 # ---------------------------------------------------------------------------- generating and judging

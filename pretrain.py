@@ -1,4 +1,4 @@
-"""Trains what ships in weights/, in this order:
+"""Trains what ships in weights/, in this order, and the teachers of CIFAR-10 and STL-10, which do not:
 
     python pretrain.py mnist-classifier    # the classifier that the metrics use
     python pretrain.py mnist               # the class-conditional teacher
@@ -6,6 +6,7 @@
     python pretrain.py mnist-posterior --init runs/pretrain-mnist-unconditional/mnist-unconditional.safetensors
                                            # K of them, from there: their mean is the unconditional teacher
     python pretrain.py mnist-statistics    # what the metrics compare with: real images, and the teachers'
+    python pretrain.py cifar10             # days on one GPU; stl10 likewise
 
 Each leaves a .safetensors file and its card, a .json that says how it was made and what it scores, in
 runs/pretrain-<what>/. Copy both to weights/ before the next command; that is where it looks. MNIST is read from
@@ -25,6 +26,7 @@ from eval import (
     Classifier,
     balanced_labels,
     checksum,
+    cifar10,
     class_accuracies,
     class_moments,
     frechet_distance,
@@ -36,23 +38,22 @@ from eval import (
     mnist,
     pool,
     precision_recall,
+    stl10,
     unconditional_sampler,
 )
 from run import Run, commit, machine, option, parse, refusing, write_json
 from unet import UNet, VPSchedule, ddim_sample, load_unet, save_unet, weights_path, write_tensors
 from vdu import posterior
 
-TEACHER = dict(
-    image_size=28,
-    in_channels=1,
-    channels=16,
-    multipliers=(1, 2, 4),
-    blocks=1,
-    attention_at=(7,),
-    num_classes=10,
-    dropout=0.0,
-    groups=8,
+MNIST = dict(
+    image_size=28, in_channels=1, channels=16, multipliers=(1, 2, 4), blocks=1, attention_at=(7,), dropout=0.0, groups=8
 )
+TEACHERS = {  # what -> the configuration of its U-Net, and its images
+    "mnist": (MNIST | dict(num_classes=10), lambda folder: mnist(folder, train=True)),
+    "mnist-unconditional": (MNIST, lambda folder: mnist(folder, train=True)),
+    "cifar10": (dict(num_classes=10), cifar10),  # the official configuration is the U-Net's own default
+    "stl10": (dict(num_classes=10, image_size=64, multipliers=(1, 2, 2, 2, 4)), stl10),
+}
 
 # ---------------------------------------------------------------------------- config
 
@@ -62,6 +63,9 @@ PRESETS = {
     "mnist-posterior": dict(steps=5_000, batch_size=64, lr=1e-3),
     "mnist-classifier": dict(steps=5_600, batch_size=128, lr=4e-3),
     "mnist-statistics": dict(steps=0),
+    # as in the official code: 800,000 iterations, flips, one label in ten dropped, plain loss; the rate is our choice
+    "cifar10": dict(steps=800_000, batch_size=128, lr=2e-4, lr_down=0.0, ema=0.9999, flip=0.5, min_snr=1e9),
+    "stl10": dict(steps=800_000, batch_size=64, lr=2e-4, lr_down=0.0, ema=0.9999, flip=0.5, min_snr=1e9),
 }
 
 
@@ -72,6 +76,8 @@ class Config:
     steps: int = option(12_000, "optimizer steps", low=0)
     batch_size: int = option(64, "images a step, over all processes", low=1)
     lr: float = option(1.5e-3, "peak learning rate of Adam", low=0)
+    lr_down: float = option(0.4, "share of the steps, the last ones, over which the rate goes to 0", low=0, high=1)
+    flip: float = option(0.0, "share of images that are mirrored; teachers", low=0, high=1)
     ema: float = option(0.999, "decay of the weight average that is kept; teachers", low=0, high=1)
     label_dropout: float = option(0.1, "share of labels replaced by 'none', for guidance; teachers", low=0, high=1)
     min_snr: float = option(
@@ -104,7 +110,7 @@ def write_card(run, path, **facts):
         "file": path.name,
         "sha256": checksum(path),
         "bytes": path.stat().st_size,
-        "data": "MNIST",
+        "data": run.config.what.split("-")[0],
         "command": f"python pretrain.py {run.config.what}",
         **facts,
         "seconds": round(run.elapsed()),
@@ -119,10 +125,10 @@ def write_card(run, path, **facts):
 # ---------------------------------------------------------------------------- the teachers
 
 
-def warm_up_and_down(steps):
-    """Learning rate as a share of its peak: up over 500 steps or a tenth of all, constant, to 0 over the last 40%."""
+def warm_up_and_down(steps, down=0.4):
+    """Learning rate as a share of its peak: up over 500 steps or a tenth of all, constant, to 0 over the last part."""
     warm = max(1, min(500, steps // 10))
-    return lambda step: min((step + 1) / warm, 1.0, (steps - step) / (0.4 * steps))
+    return lambda step: min((step + 1) / warm, 1.0, (steps - step) / (down * steps) if down else 1.0)
 
 
 def weighted_denoising_loss(network, x0, c, schedule, min_snr):
@@ -152,23 +158,26 @@ def without_classes(unet):
 
 def start(config):
     """The network that training begins with: a new one, or `--init`, without its classes where none are wanted."""
-    conditional = config.what == "mnist"
+    settings, _ = TEACHERS["mnist-unconditional" if config.what == "mnist-posterior" else config.what]
+    conditional = "num_classes" in settings
     if not config.init:
-        return UNet(**TEACHER | ({} if conditional else {"num_classes": None}))
+        return UNet(**settings)
     unet = load_unet(config.init)
+    if unet.image_shape != UNet(**settings).image_shape:
+        raise ValueError(f"--init {config.init} draws images of another shape than {config.what} does")
     if conditional and unet.num_classes is None:
         raise ValueError(f"--init {config.init} is unconditional; {config.what} needs a class-conditional start")
     return unet if conditional or unet.num_classes is None else without_classes(unet)
 
 
 def train_teacher(config, run):
-    images, labels = (x.to(run.device) for x in mnist(config.data, train=True))
+    images, labels = (x.to(run.device) for x in TEACHERS[config.what][1](config.data))
     schedule = VPSchedule.linear().to(run.device)
     with refusing():
         unet = start(config).to(run.device).train()
     ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     optimizer = torch.optim.Adam(unet.parameters(), lr=config.lr, betas=(0.9, 0.99), eps=1e-8)
-    lr = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_and_down(config.steps))
+    lr = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_and_down(config.steps, config.lr_down))
     network, batch = run.parallel(unet), config.batch_size // run.world
 
     for step in run.loop({"unet": unet, "ema": ema, "optimizer": optimizer, "lr": lr}, label="teacher"):
@@ -176,8 +185,12 @@ def train_teacher(config, run):
         if unet.num_classes is not None:
             dropped = torch.rand(batch, device=run.device) < config.label_dropout
             c = torch.where(dropped, unet.null_label, labels[pick])
+        x0 = images[pick]
+        if config.flip:
+            mirrored = torch.rand(batch, 1, 1, 1, device=run.device) < config.flip
+            x0 = torch.where(mirrored, x0.flip(3), x0)
         with run.autocast():
-            loss = weighted_denoising_loss(network, images[pick], c, schedule, config.min_snr)
+            loss = weighted_denoising_loss(network, x0, c, schedule, config.min_snr)
         run.update("loss", loss, unet, optimizer)
         lr.step()
         ema.update_parameters(unet)
@@ -189,14 +202,13 @@ def train_teacher(config, run):
     if run.rank == 0:
         kind = "unconditional" if unet.num_classes is None else "class-conditional"
         path = run.folder / f"{config.what}.safetensors"
-        save_unet(ema.module, path, what=f"{kind} MNIST teacher", steps=config.steps)
+        save_unet(ema.module, path, what=f"{kind} teacher, {config.what}", steps=config.steps)
         write_card(
             run,
             path,
-            what=f"{kind} DDPM teacher, MNIST training images",
+            what=f"{kind} DDPM teacher, training images",
             parameters=sum(p.numel() for p in unet.parameters()),
             steps=config.steps,
-            see="mnist-statistics.json",
         )
 
 
@@ -210,7 +222,7 @@ def train_posterior(config, run):
     unet = copy.deepcopy(beginning).train()
     finished = torch.nn.ModuleList(copy.deepcopy(beginning) for _ in range(K))
     optimizer = torch.optim.Adam(unet.parameters(), lr=config.lr, betas=(0.9, 0.99), eps=1e-8)
-    shape, network = warm_up_and_down(each), run.parallel(unet)
+    shape, network = warm_up_and_down(each, config.lr_down), run.parallel(unet)
 
     for step in run.loop({"unet": unet, "optimizer": optimizer, "finished": finished}, label="posterior"):
         k, i = divmod(step, each)
@@ -402,12 +414,11 @@ def make_statistics(config, run):
 
 if __name__ == "__main__":
     config = parse(Config, __doc__, PRESETS)
-    with refusing("--data: "):
-        mnist(config.data, train=True)
+    with refusing("--data: "):  # before anything is written
+        TEACHERS.get(config.what, TEACHERS["mnist"])[1](config.data)
     run = Run(config, f"runs/pretrain-{config.what}")
     make = {
-        "mnist": train_teacher,
-        "mnist-unconditional": train_teacher,
+        **dict.fromkeys(TEACHERS, train_teacher),
         "mnist-posterior": train_posterior,
         "mnist-classifier": train_classifier,
         "mnist-statistics": make_statistics,

@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def commands():
-    docs = README + "".join((ROOT / name).read_text() for name in ("ddpm_sfd.py", "eval.py", "pretrain.py"))
+    docs = README + "".join((ROOT / name).read_text() for name in ("ddpm_sfd.py", "vdu.py", "eval.py", "pretrain.py"))
     found = re.findall(r"^    .*?((?:python|torchrun --nproc-per-node \d) [\w/]+\.py[^\n#]*)", docs, flags=re.MULTILINE)
     return sorted({command.strip() for command in found if "WHAT" not in command and "{" not in command})
 
@@ -49,7 +49,7 @@ def test_tables_are_what_the_results_say():
 
 
 def test_every_equation_label_stands_in_the_code_that_the_readme_says():
-    for label, file in re.findall(r"^\| (\([DS]\d\)) \|.*\| `(\w+\.py)` \|$", README, flags=re.MULTILINE):
+    for label, file in re.findall(r"^\| (\([DSV]\d\)) \|.*\| `(\w+\.py)` \|$", README, flags=re.MULTILINE):
         code = [
             line
             for line in (ROOT / file).read_text().splitlines()
