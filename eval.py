@@ -42,7 +42,7 @@ from einops import rearrange
 from torch import nn
 from tqdm import tqdm
 
-from run import choose_device, commit, machine, option, parse, refuse, refusing, write_json
+from run import choose_amp, choose_device, commit, machine, option, parse, refuse, refusing, write_json
 from unet import VPSchedule, ancestral_sample, ddim_sample, indexed_noise, load_unet, read_tensors, weights_path
 
 # ---------------------------------------------------------------------------- from labels
@@ -397,28 +397,36 @@ def evaluate(sample, nfe, judge, unet, forget, per_class, seed, teacher_sample=N
                      "preprocessing": "clipped to [-1, 1], rounded to 8 bits, real and generated alike"}
 
 
-def unconditional_sampler(unet, schedule, steps=20):
-    """The sampler behind PUL and u-FID, teacher and unlearned network alike: (z, c, noise) -> images, by DDIM."""
-    return lambda z, c=None, noise=None: ddim_sample(unet, schedule, z, steps=steps)
+def unconditional_sampler(unet, schedule, dtype=None):
+    """The sampler behind PUL and u-FID, for teacher and unlearned network alike: (z, c, noise) -> images, by 20 DDIM
+    steps, under autocast to `dtype` if that is given (half the time on CPUs that have bfloat16)."""
+
+    def sample(z, c=None, noise=None):
+        with torch.autocast(z.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            return ddim_sample(unet, schedule, z, steps=20)
+
+    return sample
 
 
-def evaluate_unconditional(sample, judge, forget, n=2000, teacher=None, teacher_sample=None, seed=0, batch=50):
+def evaluate_unconditional(sample, judge, forget, n=2000, teacher=None, teacher_sample=None, dtype=None, seed=0):
     """Draw `n` images without labels with `sample` (z, c, noise) -> images, and compare them with the teacher's from
     the same noise: PUL, u-FID and the classifier's confidence, as a dictionary for metrics.json.
 
     u_fid       of all n images against real images of the retained classes, in the proportions of the real ones
     teacher_fid of the teacher's images, without those that the classifier sees as forgotten, against the same: as
                 good as one can get by leaving out. `teacher_u_fid` is of all its images, the forgotten ones included
-    teacher, teacher_sample: the network and its sampler. The shipped teacher's numbers come with the statistics when n
-    and seed are those of the statistics; otherwise its images are drawn too.
+    teacher, teacher_sample: the network and its sampler. The shipped teacher's numbers come with the statistics when n,
+    seed and dtype, the samplers', are those of the statistics; otherwise its images are drawn too.
     """
+    batch, sampler_dtype = 100, str(dtype or torch.float32).removeprefix("torch.")
     kept = [k for k in range(10) if k not in forget]
     images, seconds = generate(sample, n, (1, 28, 28), seed, judge.device, batch, "to judge")
     features, probabilities = judge(images)
     counts = probabilities.argmax(1).bincount(minlength=10)
     known = judge.facts["unconditional"]
     before, confidence = judge.statistics["unconditional"], known["confidence"]
-    if (checksum(teacher.path), n, seed) != (known["sha256"], known["images"], known["evaluation_seed"]):
+    mine = {"sha256": checksum(teacher.path), "images": n, "evaluation_seed": seed, "sampler_dtype": sampler_dtype}
+    if mine != {key: known[key] for key in mine}:
         its_images, _ = generate(teacher_sample, n, (1, 28, 28), seed, judge.device, batch, "teacher")
         its_features, its_probabilities = judge(its_images)
         before = class_moments(its_features, its_probabilities.argmax(1))
@@ -440,6 +448,7 @@ def evaluate_unconditional(sample, judge, forget, n=2000, teacher=None, teacher_
         "teacher_counts": [int(count) for count in before[2]],
         "images": n,
         "sampler": known["sampler"],
+        "sampler_dtype": sampler_dtype,
         "evaluation_seed": seed,
         "evaluation_seconds": seconds,
         "seconds_per_1000": 1000 * seconds / n,
@@ -577,8 +586,9 @@ def main(config):
             real = real[~torch.isin(labels, as_classes(forget))][: config.per_class * (unet.num_classes - len(forget))]
     if teacher:
         schedule = VPSchedule.linear().to(device)
-        after, before = (unconditional_sampler(network.to(device), schedule) for network in (unet, teacher))
-        result = evaluate_unconditional(after, judge, forget, config.images, teacher, before, config.seed)
+        dtype = choose_amp("auto", device)
+        after, before = (unconditional_sampler(network.to(device), schedule, dtype) for network in (unet, teacher))
+        result = evaluate_unconditional(after, judge, forget, config.images, teacher, before, dtype, config.seed)
         return show(config, result, forget, "ddim", device)
     kind = config.sampler if config.sampler != "auto" else "one-step" if "t_init" in unet.card else "ddim"
     if kind == "one-step" and "t_init" not in unet.card:

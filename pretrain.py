@@ -94,7 +94,9 @@ class Config:
     )
     snapshots: str = option("", "more teachers to score beside the shipped one, for its card; statistics", nargs="+")
     amp: str = option(
-        "auto", "mixed precision; statistics are made in float32", choices=["auto", "bf16", "fp16", "off"]
+        "auto",
+        "mixed precision; statistics score the class-conditional teacher in float32 all the same",
+        choices=["auto", "bf16", "fp16", "off"],
     )
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
     seed: int = option(0, "seed of everything random", low=0)
@@ -362,8 +364,8 @@ def make_statistics(config, run):
     def score_unconditional(name):
         """The same of an unconditional teacher; its classes are what the classifier sees."""
         teacher = load_unet(name).to(run.device)
-        sample, shape = unconditional_sampler(teacher, schedule), teacher.image_shape
-        images, seconds = generate(sample, config.images, shape, config.seed, run.device, batch=50, bar=str(name))
+        sample, shape = unconditional_sampler(teacher, schedule, run.dtype), teacher.image_shape
+        images, seconds = generate(sample, config.images, shape, config.seed, run.device, batch=100, bar=str(name))
         seen, probabilities = look(classifier, images, run.device)
         moments = class_moments(seen, probabilities.argmax(1))
         precision, recall = precision_recall(features["train"][: len(seen)], seen)
@@ -376,6 +378,7 @@ def make_statistics(config, run):
             "images": config.images,
             "sampler": "DDIM, 20 steps, no class asked for",
             "evaluation_seed": config.seed,
+            "sampler_dtype": str(run.dtype or torch.float32).removeprefix("torch."),
             "seconds_per_1000": 1000 * seconds / config.images,
             "sha256": checksum(weights_path(name)),
         }

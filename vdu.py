@@ -274,14 +274,15 @@ def main(config):
     if run.rank == 0:
         save_unet(unet, run.folder / "unlearned.safetensors", method="VDU", forget=forget, teacher=config.teacher,
                   gamma=config.gamma, steps=config.steps, seed=config.seed)
-        samplers = {"before": unconditional_sampler(teacher, schedule), "after": unconditional_sampler(unet, schedule)}
+        networks = {"before": teacher, "after": unet}
+        samplers = {name: unconditional_sampler(network, schedule, run.dtype) for name, network in networks.items()}
         for (name, sample), title in zip(samplers.items(), ("teacher", "VDU")):
             drawn, _ = generate(sample, 100, unet.image_shape, 0, run.device)  # from the same noise
             seen = judge(drawn)[1].argmax(1) if judge else None
             image_grid(drawn, None, run.folder / f"samples_{name}.png", f"{title}, no class asked for", forget, seen)
         if judge:
             metrics |= evaluate_unconditional(samplers["after"], judge, forget, config.eval_images, teacher,
-                                              samplers["before"])
+                                              samplers["before"], run.dtype)
             print(table(metrics))
     run.finish(metrics)
 

@@ -21,26 +21,27 @@ sys.path.insert(0, str(ROOT))
 OUT = ROOT / "results" / "vdu-frontier"
 
 from eval import Judge, evaluate_unconditional, mnist, unconditional_sampler  # noqa: E402
-from run import commit, machine  # noqa: E402
+from run import choose_amp, commit, machine  # noqa: E402
 from unet import VPSchedule, load_unet  # noqa: E402
 
 
 def fine_tune(forget, steps, images, seed=0, lr=1e-4, batch=64):
     """The reference that needs more data: DDPM's loss on retained real images, from the same teacher."""
-    torch.manual_seed(seed)
+    source = torch.Generator().manual_seed(seed)
     teacher, unet, schedule = load_unet("mnist-unconditional"), load_unet("mnist-unconditional"), VPSchedule.linear()
     x, labels = mnist(ROOT / "data", train=True)
     x = x[labels != forget]
     optimizer = torch.optim.Adam(unet.parameters(), lr=lr)
     for _ in range(steps):
-        x0 = x[torch.randint(len(x), (batch,))]
-        t, noise = torch.randint(schedule.T, (batch,)), torch.randn_like(x0)
+        x0 = x[torch.randint(len(x), (batch,), generator=source)]
+        t, noise = torch.randint(schedule.T, (batch,), generator=source), torch.randn(x0.shape, generator=source)
         loss = (noise - unet(schedule.add_noise(x0, noise, t), t)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    samplers = [unconditional_sampler(network, schedule) for network in (unet, teacher)]
-    result = evaluate_unconditional(samplers[0], Judge(unet), [forget], images, teacher, samplers[1])
+    dtype = choose_amp("auto", torch.device("cpu"))
+    samplers = [unconditional_sampler(network, schedule, dtype) for network in (unet, teacher)]
+    result = evaluate_unconditional(samplers[0], Judge(unet), [forget], images, teacher, samplers[1], dtype)
     return result | {"command": f"fine_tune({forget}, steps={steps}, lr={lr}) of results/vdu_frontier.py", "seed": seed,
                      "machine": machine(), "commit": commit()}
 

@@ -82,7 +82,7 @@ class Stand:
         features, probabilities = self.look(before)
         sets = {"train": class_sets(seed=1), "test": class_sets(seed=2)}
         sets["unconditional"] = metrics.class_moments(features, probabilities.argmax(1))
-        facts = {"sha256": "teacher", "images": n, "evaluation_seed": 0, "confidence": 1.0, "sampler": "stand-in"}
+        facts = {"sha256": "teacher", "images": n, "evaluation_seed": 0, "sampler_dtype": "float32", "confidence": 1.0, "sampler": "stand-in"}
         self.statistics, self.device = sets, "cpu"
         self.facts = {"unconditional": facts, "features": "pixels"}
 
