@@ -170,3 +170,24 @@ def test_shipped_weights_are_small_and_good_enough():
     assert read["mnist-classifier"]["scores"]["test_accuracy"] >= 0.994
     assert read["mnist-statistics"]["scores"]["teacher"]["accuracy"] >= 0.98
     assert read["mnist-statistics"]["scores"]["teacher"]["images"] >= 2000
+
+
+def test_a_colour_teacher_trains_with_flips_and_a_constant_rate(tmp_path, monkeypatch):
+    """The path of CIFAR-10 and STL-10, on eight images of a tiny size."""
+    settings = {"image_size": 8, "in_channels": 3, "channels": 8, "multipliers": (1,), "blocks": 1, "attention_at": (),
+                "groups": 4, "num_classes": 10}
+    images = torch.linspace(-1, 1, 8 * 3 * 8 * 8).view(8, 3, 8, 8)  # grows from left to right: a flip shows
+    monkeypatch.setitem(pretrain.TEACHERS, "cifar10", (settings, lambda folder: (images, torch.arange(8))))
+    seen, loss = [], pretrain.weighted_denoising_loss
+    monkeypatch.setattr(pretrain, "weighted_denoising_loss", lambda net, x0, c, *rest: seen.append((x0, c)) or loss(net, x0, c, *rest))
+    words = ["cifar10", "--steps", "6", "--batch-size", "16", "--out", str(tmp_path / "run"), "--amp", "off"]
+    config = pretrain.parse(pretrain.Config, "", pretrain.PRESETS, words)
+    assert (config.label_dropout, config.flip, config.ema, config.lr_down) == (0.1, 0.5, 0.9999, 0.0)
+    run = Run(config, "")
+    pretrain.train_teacher(config, run)
+    mirrored = torch.cat([x0[..., 0] > x0[..., -1] for x0, _ in seen]).float().mean()
+    assert 0.3 < mirrored < 0.7
+    assert {10} < set(torch.cat([c for _, c in seen]).tolist())  # labels, and "none"
+    assert run.state["optimizer"].param_groups[0]["lr"] == config.lr
+    card = json.loads((tmp_path / "run/cifar10.json").read_text())
+    assert card["data"] == "cifar10" and load_unet(tmp_path / "run/cifar10.safetensors").num_classes == 10
