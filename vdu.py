@@ -78,7 +78,9 @@ class Config:
                             "file, or the files of K >= 2 teachers to take it from", nargs="+")
     steps: int = option(100, "training steps; our choice", low=0)
     batch_size: int = option(64, "undesired images a step, over all processes; our choice", low=1)
-    lr: float = option(1e-5, "Adam's learning rate; our choice", low=0)
+    optimizer: str = option("natural", "natural: the natural gradient of q, sigma*^2 times the plain one; or adam; our "
+                            "choice", choices=["natural", "adam"])
+    lr: float = option(1.0, "natural: length of a step in sigmas, over all weights; adam: its rate; our choice", low=0)
     gamma: float = option(0.8, "gamma of (V5); our choice", low=0, high=1)
     weighting: str = option("bound", "w_t of (V3): that of the DDPM bound, or simple: 1", choices=["bound", "simple"])
     reduction: str = option("mean", "A and B: sums, as (V3) and (V4) say, or means over pixels, steps and weights; our "
@@ -141,6 +143,28 @@ def posterior(checkpoints):
 # ---------------------------------------------------------------------------- the loop
 
 
+class NaturalGradient(torch.optim.Optimizer):
+    """Descent in the mean of q = N(theta, sigma*^2) by q's natural gradient, sigma*^2 times the plain one: each weight
+    moves as its width allows. All steps are equally long, `lr`, in sigmas over all weights together.
+
+    theta: the parameters; variance: theirs, in the same order. The gradient is a running mean, against its noise."""
+
+    def __init__(self, theta, variance, lr, momentum=0.9):
+        super().__init__(theta, {"lr": lr, "momentum": momentum})
+        self.variance = list(variance)
+
+    @torch.no_grad()
+    def step(self):
+        [group] = self.param_groups
+        for p in group["params"]:
+            mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+            mean.lerp_(p.grad, 1 - group["momentum"])
+        means = [self.state[p]["mean"] for p in group["params"]]
+        length = sum((v * g.square()).sum() for g, v in zip(means, self.variance)).sqrt()  # | sigma* g |
+        for p, g, v in zip(group["params"], means, self.variance):
+            p -= group["lr"] * v * g / length.clamp(min=1e-30)
+
+
 def train(config, run, unet, variance, images, schedule):
     """VDU on `unet`, from mu* on and in place. images (N, C, H, W): D_f; variance: name -> tensor, sigma*^2."""
     unet.eval().requires_grad_(True)  # no dropout: theta is what q says, not a thinned version of it
@@ -149,7 +173,11 @@ def train(config, run, unet, variance, images, schedule):
         variance = {name: torch.ones_like(v) for name, v in variance.items()}
     variance = {name: v.to(run.device).clamp(min=config.sigma_floor**2) for name, v in variance.items()}  # sigma*^2
     pixels, weights = images[0].numel(), sum(v.numel() for v in variance.values())
-    optimizer = torch.optim.Adam(unet.parameters(), lr=config.lr)
+    if config.optimizer == "natural":
+        widths = [variance[name] for name, _ in unet.named_parameters()]
+        optimizer = NaturalGradient(unet.parameters(), widths, lr=config.lr)
+    else:
+        optimizer = torch.optim.Adam(unet.parameters(), lr=config.lr)
     network, batch = run.parallel(unet), max(1, config.batch_size // run.world)
     images = images.to(run.device)
 
