@@ -412,9 +412,11 @@ def evaluate_unconditional(sample, judge, forget, n=2000, teacher=None, teacher_
     """Draw `n` images without labels with `sample` (z, c, noise) -> images, and compare them with the teacher's from
     the same noise: PUL, u-FID and the classifier's confidence, as a dictionary for metrics.json.
 
-    u_fid       of all n images against real images of the retained classes, in the proportions of the real ones
-    teacher_fid of the teacher's images, without those that the classifier sees as forgotten, against the same: as
-                good as one can get by leaving out. `teacher_u_fid` is of all its images, the forgotten ones included
+    u_fid         of all n images against real images of the retained classes, in the proportions of the real ones
+    teacher_fid   of the teacher's images, without those that the classifier sees as forgotten, against the same: as
+                  good as one can get by leaving out. `teacher_u_fid` is of all its images, the forgotten ones included
+    balanced_fid  the same with all retained classes weighed alike, in the images and in the reference: what is left of
+                  u_fid when it does not count how often each class is drawn. A class never drawn counts as features 0
     teacher, teacher_sample: the network and its sampler. The shipped teacher's numbers come with the statistics when n,
     seed and dtype, the samplers', are those of the statistics; otherwise its images are drawn too.
     """
@@ -432,15 +434,22 @@ def evaluate_unconditional(sample, judge, forget, n=2000, teacher=None, teacher_
         before = class_moments(its_features, its_probabilities.argmax(1))
         confidence = mean_confidence(its_probabilities)
 
+    def balanced(means, covariances, counts):
+        real_means, real_covariances, _ = judge.statistics["train"]
+        return frechet_distance(*pool(means[kept], covariances[kept]), *pool(real_means[kept], real_covariances[kept]))
+
+    after = class_moments(features, probabilities.argmax(1))
     real = pool(*(x[kept] for x in judge.statistics["train"]))
     n_before, n_after = int(before[2][forget].sum()), int(counts[forget].sum())
     return {
         "pul": percent_unlearned(n_before, n_after),
         "n_before": n_before,
         "n_after": n_after,
-        "u_fid": frechet_distance(*pool(*class_moments(features, probabilities.argmax(1))), *real),
+        "u_fid": frechet_distance(*pool(*after), *real),
         "teacher_fid": frechet_distance(*pool(*(x[kept] for x in before)), *real),
         "teacher_u_fid": frechet_distance(*pool(*before), *real),
+        "balanced_fid": balanced(*after),
+        "teacher_balanced_fid": balanced(*before),
         "real_test_fid": frechet_distance(*pool(*(x[kept] for x in judge.statistics["test"])), *real),
         "confidence": mean_confidence(probabilities),
         "teacher_confidence": confidence,
@@ -493,6 +502,7 @@ def table(result):
                                            f"after, of {result['images']:,} images)"),
             ("u-FID", f"{result['u_fid']:.3f}   (teacher's retained images {result['teacher_fid']:.3f}, all its images "
                       f"{result['teacher_u_fid']:.3f}, real test images {result['real_test_fid']:.3f})"),
+            ("with all classes alike", f"{result['balanced_fid']:.3f}   (teacher's {result['teacher_balanced_fid']:.3f})"),
             ("classifier's confidence", f"{result['confidence']:.2%}   (teacher {result['teacher_confidence']:.2%})"),
             ("digits before", "  ".join(f"{k}: {n}" for k, n in enumerate(result["teacher_counts"]))),
             ("digits after", "  ".join(f"{k}: {n}" for k, n in enumerate(result["counts"]))),

@@ -124,6 +124,7 @@ def test_unconditional_report_counts_the_forgotten_class_before_and_after(monkey
     gone = metrics.evaluate_unconditional(drawn([0, 1, 2, 4, 5, 6, 7, 8, 9, 9]), judge, [3], 500, teacher)
     assert gone["pul"] == 1 and gone["counts"][3] == 0 and gone["counts"][9] == 100 and gone["confidence"] == 1
     assert gone["teacher_counts"] == [50] * 10
+    assert gone["balanced_fid"] == pytest.approx(same["balanced_fid"], rel=0.2) and gone["u_fid"] > gone["teacher_fid"]
     # numbers that the statistics do not hold are drawn anew: here a teacher that draws 3s twice as often
     other = metrics.evaluate_unconditional(drawn(range(10)), judge, [3], 500, type("Net", (), {"path": "other"}),
                                            drawn([0, 1, 2, 3, 4, 5, 6, 3, 8, 9]))
