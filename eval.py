@@ -502,7 +502,7 @@ def table(result):
                                            f"after, of {result['images']:,} images)"),
             ("u-FID", f"{result['u_fid']:.3f}   (teacher's retained images {result['teacher_fid']:.3f}, all its images "
                       f"{result['teacher_u_fid']:.3f}, real test images {result['real_test_fid']:.3f})"),
-            ("with all classes alike", f"{result['balanced_fid']:.3f}   (teacher's {result['teacher_balanced_fid']:.3f})"),
+            ("with classes alike", f"{result['balanced_fid']:.3f}   (teacher's {result['teacher_balanced_fid']:.3f})"),
             ("classifier's confidence", f"{result['confidence']:.2%}   (teacher {result['teacher_confidence']:.2%})"),
             ("digits before", "  ".join(f"{k}: {n}" for k, n in enumerate(result["teacher_counts"]))),
             ("digits after", "  ".join(f"{k}: {n}" for k, n in enumerate(result["counts"]))),
