@@ -1,0 +1,364 @@
+"""Foreign checkpoints into ours. What other projects call the parameters of a U-Net is known in this file alone.
+
+    python convert.py ckpt.pth teacher.safetensors                       # the EMA weights, where there are any
+    python convert.py ckpt.pth raw.safetensors --raw                     # the weights as they were trained
+    python convert.py sfd.pth fake_score.safetensors --part fake-score   # the other network of a distillation
+    python convert.py ddpm-cifar10-32 unconditional.safetensors          # a folder as diffusers writes it
+
+The source is recognised by what is in it:
+
+    a list written by torch.save, from the DDPM code family: the official SFD, SalUn, Selective Amnesia, SFR-on
+        3 items    model, optimizer, step
+        4 items    model, optimizer, step, EMA
+        5 items    fake score, its optimizer, generator, its optimizer, step
+        6 items    fake score, its optimizer, generator, its optimizer, step, EMA of the generator
+    a UNet2DModel of diffusers: a folder with config.json (or unet/config.json), or the .safetensors or .bin beside it
+    a .safetensors file of ours: checked, and written again
+
+How it works. The configuration is read off the shapes of the tensors, or from config.json. The U-Net of that
+configuration says which parameters it needs, and a table of names what each of them is called in the source. Nothing
+may be left over, lacking, or of another shape: a network that is nearly right draws pictures that are nearly right.
+Weights do not tell the size of images, since convolutions work at any: it is taken from config.json, is known for the
+CIFAR-10 and STL-10 networks of the DDPM code family, and is asked for with --image-size otherwise. Pickles can run
+code when they are read; with `weights_only`, tensors and plain containers are all that they may hold.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from run import option, parse, refuse, refusing
+from unet import UNet, load_unet, save_unet
+
+# ---------------------------------------------------------------------------- config
+
+
+@dataclass
+class Config:
+    source: str = option("", "file or folder to read", positional=True)
+    out: str = option("", "the .safetensors file to write", positional=True)
+    raw: bool = option(False, "of a checkpoint list: the weights as trained, even where there is an EMA of them")
+    part: str = option("auto", "of a list of 5 or 6 items: which network; auto: the generator",
+                       choices=["auto", "generator", "fake-score"])
+    image_size: int = option(0, "height and width in pixels; 0: what the source says, or is known to work at", low=0)
+    t_init: int = option(440, "the noise level that a generator works at, for its card; official: 440", low=0, high=999)
+
+
+# ---------------------------------------------------------------------------- names: ours, and theirs
+
+# Each row: a pattern in our parameters' names, and what the source has in its place; the rows apply one after another.
+# A row with several names is a parameter of ours that is several of theirs, one behind the other: qkv, and the class
+# embedding, whose last row ("no label") is a parameter of its own there.
+DDPM_FAMILY = [
+    (r"_dense\.2", "_dense.1"),
+    (r"^time_dense", "temb.dense"),
+    (r"^class_dense", "cemb.dense"),
+    (r"^class_embedding\.weight", "classes_emb.weight", "null_classes_emb"),
+    (r"\.blocks\.", ".block."),
+    (r"\.attentions\.", ".attn."),
+    (r"^(down|up)\.(\d+)\.resize", r"\1.\2.\1sample.conv"),
+    (r"^middle\.0", "mid.block_1"),
+    (r"^middle\.1", "mid.attn_1"),
+    (r"^middle\.2", "mid.block_2"),
+    (r"\.emb_proj", ".temb_cemb_proj"),
+    (r"\.shortcut", ".nin_shortcut"),
+    (r"\.qkv", ".q", ".k", ".v"),
+]
+DIFFUSERS = [
+    (r"^time_dense\.0", "time_embedding.linear_1"),
+    (r"^time_dense\.2", "time_embedding.linear_2"),
+    (r"\.blocks\.", ".resnets."),
+    (r"^(down|up)\.(\d+)\.resize", r"\1.\2.\1samplers.0.conv"),
+    (r"^(down|up)\.", r"\1_blocks."),
+    (r"^middle\.0", "mid_block.resnets.0"),
+    (r"^middle\.1", "mid_block.attentions.0"),
+    (r"^middle\.2", "mid_block.resnets.1"),
+    (r"\.emb_proj", ".time_emb_proj"),
+    (r"\.shortcut", ".conv_shortcut"),
+    (r"(\.attentions\.\d+)\.norm", r"\1.group_norm"),
+    (r"\.qkv", ".to_q", ".to_k", ".to_v"),
+    (r"\.proj_out", ".to_out.0"),
+    (r"^norm_out", "conv_norm_out"),
+]
+OLD_DIFFUSERS = [  # attention, as diffusers called it until 2023 and old files do still -> as it is called now
+    (r"\.query\.", ".to_q."),
+    (r"\.key\.", ".to_k."),
+    (r"\.value\.", ".to_v."),
+    (r"\.proj_attn\.", ".to_out.0."),
+]
+
+
+def translate(name, table):
+    """What `name` is in the language that `table` translates into: a list of names, mostly of one."""
+    names = [name]
+    for pattern, *theirs in table:
+        if re.search(pattern, names[0]):
+            names = [re.sub(pattern, their, n) for n in names for their in theirs]
+    return names
+
+
+def rename(tensors, table):
+    """The tensors (name -> tensor) under translated names. ValueError if two of them would have the same."""
+    renamed = {translate(name, table)[0]: tensor for name, tensor in tensors.items()}
+    if len(renamed) < len(tensors):
+        raise ValueError("it holds two tensors for one parameter, in different spellings")
+    return renamed
+
+
+def fill(settings, tensors, table):
+    """The U-Net of these settings, with its parameters from `tensors` (name in the source -> tensor), in float32.
+
+    ValueError unless every tensor is used, every parameter is filled and all shapes agree."""
+    try:
+        with torch.device("meta"):  # shapes without memory
+            unet = UNet(**settings)
+    except Exception as error:  # whatever a configuration that makes no sense raises
+        raise ValueError(f"no U-Net has the configuration {settings} ({error})") from None
+    origin = {ours: translate(ours, table) for ours in unet.state_dict()}
+    needed = {name for names in origin.values() for name in names}
+    missing, unused = needed - tensors.keys(), tensors.keys() - needed
+    for names, fault in ((missing, "lacks the tensor"), (unused, "holds, beyond those of its U-Net, the tensor")):
+        if names:
+            raise ValueError(f"it {fault} {min(names)}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
+    filled = {}
+    for ours, parameter in unet.state_dict().items():
+        pieces = [tensors[name] for name in origin[ours]]
+        alike = all(p.ndim == parameter.ndim and p.shape[1:] == parameter.shape[1:] for p in pieces)
+        if not alike or sum(map(len, pieces)) != len(parameter):
+            shapes = ", ".join(f"{name} {tuple(p.shape)}" for name, p in zip(origin[ours], pieces))
+            raise ValueError(f"it holds {shapes}, but {ours} must be {tuple(parameter.shape)}")
+        filled[ours] = torch.cat(pieces).float()
+        if not filled[ours].isfinite().all():
+            raise ValueError(f"it holds {' or '.join(origin[ours])} with values that are not finite")
+    unet.load_state_dict(filled, assign=True)
+    return unet.eval()
+
+
+def pixels(image_size, levels, attended):
+    """The settings that are counted in pixels. attended: levels with attention; level 0 is full resolution."""
+    if image_size < 1 or image_size % 2 ** (levels - 1):
+        raise ValueError(f"image size {image_size}: {levels} levels need a multiple of {2 ** (levels - 1)}")
+    return {"image_size": image_size, "attention_at": [image_size >> level for level in attended]}
+
+
+# ---------------------------------------------------------------------------- the DDPM code family
+
+CONTAINERS = {
+    3: ["model", "optimizer", "step"],
+    4: ["model", "optimizer", "step", "EMA"],
+    5: ["fake score", "its optimizer", "generator", "its optimizer", "step"],
+    6: ["fake score", "its optimizer", "generator", "its optimizer", "step", "EMA"],
+}
+IMAGE_SIZE = {(1, 2, 2, 2): 32, (1, 2, 2, 2, 4): 64}  # multipliers of the CIFAR-10 and the STL-10 network -> pixels
+
+
+def pick(items, part, raw):
+    """One network of a checkpoint list: its tensors (name -> tensor), and what was found."""
+    names = CONTAINERS.get(len(items), [])
+    if not names or isinstance(items[-1], dict) != (names[-1] == "EMA"):
+        last = f", the last of them a {type(items[-1]).__name__}," if items else ""
+        raise ValueError(f"a list of {len(items)} items{last} is no checkpoint that is known here (see --help)")
+    if part != "auto" and "generator" not in names:
+        raise ValueError(f"--part {part}: a list of {len(items)} items holds one network only; leave --part out")
+    network = "fake score" if part == "fake-score" else "generator" if "generator" in names else "model"
+    weights = "EMA" if "EMA" in names and not raw and network != "fake score" else "raw"
+    tensors, step = items[names.index("EMA" if weights == "EMA" else network)], items[names.index("step")]
+    if tensors is None:
+        raise ValueError(f"its {network} ({weights}) is None: an early snapshot, saved without it")
+    if not is_tensors(tensors):
+        raise ValueError(f"its {network} ({weights}) is no dict of tensors")
+    tensors = rename(tensors, [(r"^module\.", "")])  # DataParallel's mark
+    return tensors, {"container": f"list of {len(items)} items: {', '.join(names)}", "network": network,
+                     "weights": weights, "step": step if isinstance(step, int) else "not known"}
+
+
+def ddpm_family_settings(tensors, image_size):
+    """The configuration that the tensors' names and shapes imply."""
+
+    def count(pattern):
+        return 1 + max((int(found[1]) for found in map(re.compile(pattern).match, tensors) if found), default=-1)
+
+    channels, in_channels = tensors["conv_in.weight"].shape[:2]
+    widths = [len(tensors[f"down.{i}.block.0.conv1.weight"]) for i in range(count(r"down\.(\d+)\."))]
+    multipliers = [width // channels for width in widths]
+    image_size = image_size or IMAGE_SIZE.get(tuple(multipliers))
+    if not image_size:
+        raise ValueError(f"which size of images has a network with multipliers {multipliers}? Say with --image-size")
+    attended = [i for i in range(len(widths)) if any(name.startswith(f"down.{i}.attn.") for name in tensors)]
+    return {"in_channels": in_channels, "channels": channels, "multipliers": multipliers,
+            "blocks": count(r"down\.0\.block\.(\d+)\."), "num_classes": len(tensors["classes_emb.weight"]),
+            "dropout": 0.1, "groups": 32, **pixels(image_size, len(widths), attended)}
+
+
+def read_ddpm_family(config, items):
+    """(U-Net, what was found) of a checkpoint list."""
+    tensors, found = pick(items, config.part, config.raw)
+    try:
+        settings = ddpm_family_settings(tensors, config.image_size)
+    except (LookupError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"its {found['network']} is not of the DDPM code family: {error!r}") from None
+    if "null_classes_emb" in tensors:
+        tensors["null_classes_emb"] = tensors["null_classes_emb"][None]  # (128) -> (1, 128), a row
+    last = len(settings["multipliers"]) - 1
+    upwards = (r"^up\.(\d+)", lambda up: f"up.{last - int(up[1])}")  # their up.0 is full resolution, ours the lowest
+    unet = fill(settings, tensors, [upwards, *DDPM_FAMILY])
+    one_step = {"method": "SFD", "t_init": config.t_init} if found["network"] == "generator" else {}
+    return unet, found | one_step | {"tensors": len(tensors)}
+
+
+# ---------------------------------------------------------------------------- diffusers
+
+SETTINGS = {  # of config.json: what diffusers takes when it is silent, and what our U-Net can be
+    "_class_name": (None, ["UNet2DModel"]),
+    "center_input_sample": (False, [False]),
+    "time_embedding_type": ("positional", ["positional"]),
+    "freq_shift": (0, [1]),
+    "flip_sin_to_cos": (True, [False]),
+    "mid_block_type": ("UNetMidBlock2D", ["UNetMidBlock2D"]),
+    "mid_block_scale_factor": (1, [1]),
+    "downsample_padding": (1, [0]),
+    "downsample_type": ("conv", ["conv"]),
+    "upsample_type": ("conv", ["conv"]),
+    "act_fn": ("silu", ["silu", "swish"]),
+    "norm_eps": (1e-5, [1e-6]),
+    "resnet_time_scale_shift": ("default", ["default"]),
+    "add_attention": (True, [True]),
+    "class_embed_type": (None, [None]),
+    "num_class_embeds": (None, [None]),
+}
+
+
+def diffusers_settings(theirs, image_size):
+    """The configuration of a UNet2DModel, as ours. ValueError names the first setting that our U-Net cannot have."""
+    widths, down = theirs["block_out_channels"], theirs["down_block_types"]
+    in_channels, groups = theirs.get("in_channels", 3), theirs.get("norm_num_groups", 32)
+    attended = [level for level, kind in enumerate(down) if kind == "AttnDownBlock2D"]
+    head = {widths[-1], *(widths[level] for level in attended)}  # a single head is as wide as its level, or the middle
+    attn = ["Attn" if level in attended else "" for level in range(len(widths))]
+    sample_size = theirs.get("sample_size")
+    square = sample_size[0] if isinstance(sample_size, list) and len(set(sample_size)) == 1 else sample_size
+    rules = SETTINGS | {
+        "block_out_channels": (None, [[width // widths[0] * widths[0] for width in widths]]),  # whole multiples
+        "down_block_types": (None, [[a + "DownBlock2D" for a in attn]]),
+        "up_block_types": (None, [[a + "UpBlock2D" for a in reversed(attn)]]),  # attention at the same resolutions
+        "out_channels": (3, [in_channels]),
+        "time_embedding_dim": (None, [None, 4 * widths[0]]),
+        "attention_head_dim": (8, [None, *head] if len(head) == 1 else [None]),
+        "attn_norm_num_groups": (None, [None, groups]),
+    }
+    for name, (default, supported) in rules.items():
+        value = theirs.get(name, default)
+        if value not in supported:
+            raise ValueError(f"{name} {value!r} is not supported, only {' or '.join(map(repr, supported))}")
+    if not isinstance(image_size or square, int):
+        raise ValueError(f"sample_size {sample_size!r} is no size of square images; give --image-size")
+    return {"in_channels": in_channels, "channels": widths[0], "multipliers": [width // widths[0] for width in widths],
+            "blocks": theirs.get("layers_per_block", 2), "dropout": theirs.get("dropout", 0.0), "groups": groups,
+            "num_classes": None, **pixels(image_size or square, len(widths), attended)}
+
+
+def read_diffusers(config, tensors, file):
+    """(U-Net, what was found) of a UNet2DModel's tensors and its configuration."""
+    try:
+        settings = diffusers_settings(json.loads(file.read_text()), config.image_size)
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"its {file.name} describes no UNet2DModel: {error!r}") from None
+    except ValueError as error:
+        raise ValueError(f"its {file.name}: {error}") from None
+    tensors = {name: t[:, :, None, None] if t.ndim == 2 and ".attentions." in name else t  # Linear as 1x1 convolution
+               for name, t in rename(tensors, OLD_DIFFUSERS).items()}
+    return fill(settings, tensors, DIFFUSERS), {"container": "UNet2DModel of diffusers", "tensors": len(tensors)}
+
+
+# ---------------------------------------------------------------------------- any source
+
+
+def is_tensors(content):
+    """Whether this is a dict name -> tensor, with something in it."""
+    return isinstance(content, dict) and len(content) > 0 and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items())
+
+
+def locate(source):
+    """The file that holds the weights: the source itself, or the one in a folder of diffusers."""
+    if not source.exists():
+        raise ValueError("there is no such file or folder")
+    if not source.is_dir():
+        return source
+    for folder in (source, source / "unet"):  # a model, or a pipeline around one
+        for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
+            if (folder / "config.json").is_file() and (folder / name).is_file():
+                return folder / name
+    raise ValueError("a folder must hold config.json and diffusion_pytorch_model.safetensors or .bin, or both in unet/")
+
+
+def load(path):
+    """What a file holds: our own U-Net, or name -> tensor, or whatever plain containers were pickled."""
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                if "minunlearn" not in (file.metadata() or {}):
+                    return {name: file.get_tensor(name) for name in file.keys()}
+            return load_unet(path)
+        except (SafetensorError, ValueError, LookupError) as error:
+            raise ValueError(f"no sound safetensors file ({str(error).removeprefix(f'{path} ')})") from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or foreign pickle raises
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(f"it holds code ({code[1]}) beside tensors; none of it was run" if code else
+                         f"neither safetensors nor a whole file of torch.save ({type(error).__name__})") from None
+
+
+def read(config, path):
+    """(U-Net in evaluation mode, what was found: name -> fact) of the file `path`. ValueError: why it is none."""
+    content = load(path)
+    if isinstance(content, list):
+        return read_ddpm_family(config, content)
+    if config.raw or config.part != "auto":
+        raise ValueError("--raw and --part choose from a checkpoint list, but this is a single network")
+    if isinstance(content, UNet):
+        if config.image_size not in (0, content.config["image_size"]):
+            raise ValueError(f"--image-size {config.image_size}: it says itself {content.config['image_size']}")
+        return content, {"container": "U-Net of minUnlearn", "tensors": len(content.state_dict())}
+    if not is_tensors(content):
+        raise ValueError(f"a {type(content).__name__} is neither a checkpoint list nor the tensors of a network")
+    if not (path.parent / "config.json").is_file():
+        raise ValueError("tensors with no config.json beside them are neither diffusers' nor ours")
+    return read_diffusers(config, content, path.parent / "config.json")
+
+
+def write(unet, path, card):
+    """Write the U-Net; ValueError or OSError where that fails, and then what was there is still there."""
+    try:
+        save_unet(unet, path, **card)
+    except SafetensorError as error:  # a full disk, a folder that is not ours to write in
+        raise ValueError(error) from None
+
+
+def main(config):
+    source, out = Path(config.source), Path(config.out)
+    if not config.source or not config.out:
+        refuse("name a source and a file to write: python convert.py SOURCE OUT.safetensors (see --help)")
+    if out.suffix != ".safetensors" or out.is_dir():
+        refuse(f"{out} is no name of a .safetensors file to write")
+    with refusing(f"{source}: "):
+        path = locate(source)
+        if out.exists() and out.samefile(path):
+            raise ValueError("this is the file to write, too; give it another name")
+        unet, found = read(config, path)
+    with refusing(f"{out}: "):
+        write(unet, out, getattr(unet, "card", {"source": source.resolve().name} | found))  # ours keep their card
+    found["tensors"] = f"{found['tensors']}, all of them used"
+    found["parameters"] = f"{sum(p.numel() for p in unet.parameters()):,}, all of them filled"
+    found["configuration"] = ", ".join(f"{name} {value}" for name, value in unet.config.items())
+    for name, fact in (found | {"written": out}).items():
+        print(f"{name:>13}  {fact}")
+
+
+if __name__ == "__main__":
+    main(parse(Config, __doc__))
