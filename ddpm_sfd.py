@@ -69,12 +69,12 @@ class Config:
     teacher: str = option("mnist", "a shipped name or a .safetensors file")
     init_generator: str = option("", "two-stage SFD: where theta starts, the generator of a --forget none run")
     init_fake_score: str = option("", "two-stage SFD: where psi starts, the fake score of that run")
-    steps: int = option(200, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)
+    steps: int = option(100, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)
     batch_size: int = option(32, "images of retained classes a step, over all processes; official: 128", low=1)
     forget_batch_size: int = option(8, "images of forgotten classes a step; official: as many as retained ones", low=1)
     lr_generator: float = option(5e-4, "learning rate of theta; official: 1e-5", low=0)
     lr_fake_score: float = option(2e-3, "learning rate of psi; official: 1e-5, two-stage 3e-5", low=0)
-    lr_end: float = option(0.02, "share of both rates that is left at the end of a linear decay; official: 1, constant",
+    lr_end: float = option(0.1, "share of both rates that is left at the end of a linear decay; official: 1, constant",
                            low=0, high=1)
     alpha: float = option(1.0, "alpha of (S3); official: 1.2")
     lambda_generator: float = option(1.0, "lambda of (S5) for theta; official: 0.01", low=0)
