@@ -2,9 +2,8 @@
 
     python pretrain.py mnist-classifier    # the classifier that the metrics use
     python pretrain.py mnist               # the class-conditional teacher
-    python pretrain.py mnist-unconditional # the beginning of the unconditional ones
-    python pretrain.py mnist-posterior --init runs/pretrain-mnist-unconditional/mnist-unconditional.safetensors
-                                           # K of them, from there: their mean is the unconditional teacher
+    python pretrain.py mnist-unconditional # the beginning of the unconditional ones: that teacher without its classes
+    python pretrain.py mnist-posterior     # K of them, from there: their mean is the unconditional teacher
     python pretrain.py mnist-statistics    # what the metrics compare with: real images, and the teachers'
     python pretrain.py cifar10             # days on one GPU; stl10 likewise
 
@@ -57,10 +56,11 @@ TEACHERS = {  # what -> the configuration of its U-Net, and its images
 
 # ---------------------------------------------------------------------------- config
 
+BEGINNING = "runs/pretrain-mnist-unconditional/mnist-unconditional.safetensors"
 PRESETS = {
     "mnist": dict(steps=20_000, batch_size=64, lr=1.5e-3),
-    "mnist-unconditional": dict(steps=20_000, batch_size=64, lr=1.5e-3),
-    "mnist-posterior": dict(steps=5_000, batch_size=64, lr=1e-3),
+    "mnist-unconditional": dict(steps=4_000, batch_size=64, lr=1e-3, min_snr=50.0, init="mnist"),
+    "mnist-posterior": dict(steps=4_000, batch_size=64, lr=1e-3, min_snr=50.0, init=BEGINNING),
     "mnist-classifier": dict(steps=5_600, batch_size=128, lr=4e-3),
     "mnist-statistics": dict(steps=0),
     # as in the official code: 800,000 iterations, flips, one label in ten dropped, plain loss; the rate is our choice
@@ -80,11 +80,7 @@ class Config:
     flip: float = option(0.0, "share of images that are mirrored; teachers", low=0, high=1)
     ema: float = option(0.999, "decay of the weight average that is kept; teachers", low=0, high=1)
     label_dropout: float = option(0.1, "share of labels replaced by 'none', for guidance; teachers", low=0, high=1)
-    min_snr: float = option(
-        50.0,
-        "loss weight min(SNR, this) / SNR (Hang et al. 2023, 'Min-SNR'); 50: that of DDPM, 1, from t = 40 on; teachers",
-        low=0,
-    )
+    min_snr: float = option(5.0, "loss weight min(SNR, this) / SNR (Hang et al. 2023, 'Min-SNR'); teachers", low=0)
     init: str = option("", "teacher to start from, a shipped name or a file; teachers")
     checkpoints: int = option(5, "K, networks that share a beginning and share the steps; posterior", low=2)
     per_class: int = option(300, "teacher images of each class; statistics", low=2)

@@ -86,7 +86,7 @@ class Config:
     reduction: str = option("mean", "A and B: sums, as (V3) and (V4) say, or means over pixels, steps and weights; our "
                             "choice", choices=["mean", "sum"])
     sigma_floor: float = option(1e-4, "no sigma* is taken for less; our choice", low=0)
-    covariance: str = option("posterior", "identity: every weight is held alike; to compare",
+    covariance: str = option("posterior", "identity: every weight has the same width, the mean one; to compare",
                              choices=["posterior", "identity"])
     t_min: int = option(0, "first step of (V3); our choice", low=0, high=999)
     t_max: int = option(1000, "the step before which (V3) ends; our choice", low=1, high=1000)
@@ -170,7 +170,8 @@ def train(config, run, unet, variance, images, schedule):
     unet.eval().requires_grad_(True)  # no dropout: theta is what q says, not a thinned version of it
     mean = {name: theta.detach().clone() for name, theta in unet.named_parameters()}  # mu*
     if config.covariance == "identity":
-        variance = {name: torch.ones_like(v) for name, v in variance.items()}
+        mean_variance = torch.cat([v.flatten() for v in variance.values()]).mean()
+        variance = {name: mean_variance.expand_as(v) for name, v in variance.items()}
     variance = {name: v.to(run.device).clamp(min=config.sigma_floor**2) for name, v in variance.items()}  # sigma*^2
     pixels, weights = images[0].numel(), sum(v.numel() for v in variance.values())
     if config.optimizer == "natural":
