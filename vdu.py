@@ -76,20 +76,21 @@ class Config:
     teacher: str = option("mnist-unconditional", "a shipped name or a .safetensors file")
     posterior: str = option("mnist-unconditional-posterior", "the variance of the teacher's weights: a shipped name, a "
                             "file, or the files of K >= 2 teachers to take it from", nargs="+")
-    steps: int = option(100, "training steps; our choice", low=0)
+    steps: int = option(30, "training steps; our choice", low=0)
     batch_size: int = option(64, "undesired images a step, over all processes; our choice", low=1)
     optimizer: str = option("natural", "natural: the natural gradient of q, sigma*^2 times the plain one; or adam; our "
                             "choice", choices=["natural", "adam"])
     lr: float = option(1.0, "natural: length of a step in sigmas, over all weights; adam: its rate; our choice", low=0)
-    gamma: float = option(0.8, "gamma of (V5); our choice", low=0, high=1)
-    weighting: str = option("bound", "w_t of (V3): that of the DDPM bound, or simple: 1", choices=["bound", "simple"])
+    gamma: float = option(0.7, "gamma of (V5); our choice", low=0, high=1)
+    weighting: str = option("simple", "w_t of (V3): bound, that of the DDPM bound; simple, 1; our choice",
+                            choices=["bound", "simple"])
     reduction: str = option("mean", "A and B: sums, as (V3) and (V4) say, or means over pixels, steps and weights; our "
                             "choice", choices=["mean", "sum"])
     sigma_floor: float = option(1e-4, "no sigma* is taken for less; our choice", low=0)
     covariance: str = option("posterior", "identity: every weight has the same width, the mean one; to compare",
                              choices=["posterior", "identity"])
-    t_min: int = option(0, "first step of (V3); our choice", low=0, high=999)
-    t_max: int = option(1000, "the step before which (V3) ends; our choice", low=1, high=1000)
+    t_min: int = option(300, "first step of (V3); our choice", low=0, high=999)
+    t_max: int = option(600, "the step before which (V3) ends; our choice", low=1, high=1000)
     amp: str = option("auto", "mixed precision; auto: bf16 where it is native", choices=["auto", "bf16", "fp16", "off"])
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
     seed: int = option(0, "seed of everything random", low=0)

@@ -114,7 +114,8 @@ def tiny_unconditional(seed=0):
 
 def run_of(tmp_path, name, variance=1e-4, **words):
     """A short VDU of a tiny network on six images: the run, the network before and after."""
-    config = Config(out=str(tmp_path / name), amp="off", batch_size=4, **({"steps": 6, "lr": 1e-3} | words))
+    words = {"steps": 6, "lr": 1e-3, "optimizer": "adam", "t_min": 0, "t_max": 1000} | words
+    config = Config(out=str(tmp_path / name), amp="off", batch_size=4, **words)
     unet = tiny_unconditional()
     run = Run(config, "")  # seeds what follows
     images = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -167,6 +168,33 @@ def test_sums_and_means_are_the_same_formula_in_other_units(tmp_path):
     weights = sum(p.numel() for p in tiny_unconditional().parameters())
     assert runs[1]["plasticity"][0] == pytest.approx(runs[0]["plasticity"][0] * 64 * 1000, rel=1e-4)
     assert runs[1]["stability"][1] == pytest.approx(runs[0]["stability"][1] * weights, rel=0.02)
+
+
+def test_natural_gradient_moves_weights_as_their_width_allows():
+    """One step: along sigma^2 times the gradient, and as long as asked for, in sigmas."""
+    theta, variance = torch.nn.Parameter(torch.zeros(3)), torch.tensor([1.0, 4.0, 0.25])
+    gradient = torch.tensor([3.0, -1.0, 2.0])
+    optimizer = vdu.NaturalGradient([theta], [variance], lr=0.5)
+    for length in (0.5, 1.0):  # with a constant gradient its running mean points the same way, and steps add up
+        theta.grad = gradient.clone()
+        optimizer.step()
+        moved = theta.detach()
+        assert (moved.square() / variance).sum().sqrt().item() == pytest.approx(length, rel=1e-5)
+        torch.testing.assert_close(moved / moved[0], variance * gradient / (variance * gradient)[0])
+        assert moved[0] < 0 < moved[1]  # downhill
+    theta.grad = torch.zeros(3)
+    fresh = vdu.NaturalGradient([theta], [variance], lr=0.5)
+    before = theta.detach().clone()
+    fresh.step()
+    assert torch.equal(theta, before)  # no gradient, no step, no 0 / 0
+
+
+def test_natural_gradient_resumes_in_the_same_bits(tmp_path):
+    words = {"gamma": 0.5, "optimizer": "natural", "lr": 0.3}
+    _, before, whole = run_of(tmp_path, "whole", **words)
+    run_of(tmp_path, "halves", steps=3, **words)
+    _, _, resumed = run_of(tmp_path, "halves", steps=6, resume=True, **words)
+    assert same_bits(whole, resumed) and not same_bits(before, whole)
 
 
 def test_same_seed_same_bits_and_resume_ends_in_them(tmp_path):
