@@ -4,6 +4,9 @@
     python convert.py ckpt.pth raw.safetensors --raw                     # the weights as they were trained
     python convert.py sfd.pth fake_score.safetensors --part fake-score   # the other network of a distillation
     python convert.py ddpm-cifar10-32 unconditional.safetensors          # a folder as diffusers writes it
+    python convert.py hub:google/ddpm-cifar10-32 unconditional.safetensors    # the same from the hub
+
+The method files take such sources too: `--teacher hub:google/ddpm-cifar10-32`, `--teacher https://...`.
 
 The source is recognised by what is in it:
 
@@ -23,16 +26,21 @@ CIFAR-10 and STL-10 networks of the DDPM code family, and is asked for with --im
 code when they are read; with `weights_only`, tensors and plain containers are all that they may hold.
 """
 
+import hashlib
 import json
+import os
 import re
+import urllib.parse
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
 from run import option, parse, refuse, refusing
-from unet import UNet, load_unet, save_unet
+from unet import WEIGHTS, UNet, load_unet, save_unet
 
 # ---------------------------------------------------------------------------- config
 
@@ -274,6 +282,69 @@ def read_diffusers(config, tensors, file):
     return fill(settings, tensors, DIFFUSERS), {"container": "UNet2DModel of diffusers", "tensors": len(tensors)}
 
 
+# ---------------------------------------------------------------------------- from the network
+
+HUB = "https://huggingface.co"
+
+
+def download(url, path):
+    """Fetch `url` to `path` once: what is there already stays. Nothing is left behind unless all of it has come.
+
+    url may end in #sha256=DIGITS, which the file must then have. OSError when it cannot be had whole."""
+    url, _, digits = url.partition("#sha256=")
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, seen = path.with_name(path.name + ".part"), hashlib.sha256()
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer, open(part, "wb") as file:
+            length = int(answer.headers.get("Content-Length") or 0)
+            with tqdm(total=length or None, unit="B", unit_scale=True, desc=path.name) as bar:
+                while piece := answer.read(1 << 20):
+                    file.write(piece)
+                    seen.update(piece)
+                    bar.update(len(piece))
+        if length and part.stat().st_size != length:
+            raise OSError(f"{url} broke off after {part.stat().st_size:,} of {length:,} bytes; try again")
+        if digits and seen.hexdigest() != digits.lower():
+            raise OSError(f"{url} has the SHA-256 {seen.hexdigest()}, not {digits}")
+        os.replace(part, path)
+    except OSError as error:  # HTTP and connection errors are OSErrors
+        raise OSError(str(error) if url in str(error) else f"{url}: {error}") from None
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def fetch(source):
+    """The local path of what the user named: a URL, or hub:ORG/NAME, is fetched into torch's hub cache; all else stays
+    as it is. OSError when it cannot be had."""
+    source = str(source)
+    cache = Path(torch.hub.get_dir()) / "minunlearn"
+    if source.startswith("hub:"):
+        name, hub = source.removeprefix("hub:"), os.environ.get("HF_ENDPOINT", HUB)
+        for file in ("config.json", "diffusion_pytorch_model.safetensors"):
+            download(f"{hub}/{name}/resolve/main/{file}", cache / name.replace("/", "--") / file)
+        return cache / name.replace("/", "--")
+    if re.match(r"(https?|file)://", source):
+        url = urllib.parse.urlparse(source)
+        return download(source, cache / hashlib.sha256(source.encode()).hexdigest()[:12] / Path(url.path).name)
+    return source
+
+
+def load_teacher(source):
+    """The U-Net of whatever the user named: a shipped name, a file of ours, or anything that this file can fetch and
+    read, without a copy being written. ValueError or OSError when it is none."""
+    found = fetch(source)
+    shipped = (WEIGHTS / f"{found}.safetensors").is_file()
+    if found == str(source) and (shipped or found.endswith(".safetensors") or not Path(found).exists()):
+        return load_unet(found)  # or says what would be right
+    path = locate(Path(found))
+    unet, facts = read(Config(str(found)), path)
+    unet.path, unet.card = path, getattr(unet, "card", facts)
+    return unet.eval()
+
+
 # ---------------------------------------------------------------------------- any source
 
 
@@ -346,8 +417,8 @@ def main(config):
         refuse("name a source and a file to write: python convert.py SOURCE OUT.safetensors (see --help)")
     if out.suffix != ".safetensors" or out.is_dir():
         refuse(f"{out} is no name of a .safetensors file to write")
-    with refusing(f"{source}: "):
-        path = locate(source)
+    with refusing(f"{config.source}: "):
+        path = locate(Path(fetch(config.source)))
         if out.exists() and out.samefile(path):
             raise ValueError("this is the file to write, too; give it another name")
         unet, found = read(config, path)

@@ -42,6 +42,7 @@ from dataclasses import dataclass
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from convert import load_teacher
 from eval import Judge, balanced_labels, evaluate, generate, image_grid, parse_classes, table
 from run import Run, option, parse, refusing
 from unet import VPSchedule, ddim_sample, load_unet, save_unet
@@ -66,7 +67,7 @@ class Config:
     preset: str = option("mnist", "settings to start from", choices=list(PRESETS))
     forget: str = option("0", "class or classes to forget; none: plain distillation", nargs="+")
     override: str = option("next", "the safe class: a number, next (the next retained one) or random (drawn each time)")
-    teacher: str = option("mnist", "a shipped name or a .safetensors file")
+    teacher: str = option("mnist", "a shipped name, a file, a URL or hub:ORG/NAME; see convert.py")
     init_generator: str = option("", "two-stage SFD: where theta starts, the generator of a --forget none run")
     init_fake_score: str = option("", "two-stage SFD: where psi starts, the fake score of that run")
     steps: int = option(100, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)
@@ -246,7 +247,7 @@ def read_beginning(flag, source, teacher, t_init):
 
 def main(config):
     with refusing():
-        teacher = load_unet(config.teacher)
+        teacher = load_teacher(config.teacher)
         if teacher.num_classes is None:
             raise ValueError(f"--teacher {config.teacher} is unconditional; SFD needs a class-conditional teacher")
         classes = read_classes(config, teacher.num_classes)

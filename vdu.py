@@ -43,6 +43,7 @@ import torch
 from torchvision.io import ImageReadMode, read_image
 from torchvision.transforms.functional import center_crop, resize
 
+from convert import load_teacher
 from eval import (
     Judge,
     check_forget,
@@ -73,7 +74,7 @@ class Config:
     data: str = option("auto", "the undesired images: a folder with MNIST, CIFAR-10, tiny ImageNet or pictures; "
                                "teacher: drawn from the class-conditional one; auto: data/, a download, else teacher")
     images: int = option(100, "how many undesired images are at hand; 0: as many as --data has", low=0)
-    teacher: str = option("mnist-unconditional", "a shipped name or a .safetensors file")
+    teacher: str = option("mnist-unconditional", "a shipped name, a file, a URL or hub:ORG/NAME; see convert.py")
     posterior: str = option("mnist-unconditional-posterior", "the variance of the teacher's weights: a shipped name, a "
                             "file, or the files of K >= 2 teachers to take it from", nargs="+")
     steps: int = option(30, "training steps; our choice", low=0)
@@ -277,7 +278,7 @@ def read_posterior(words, unet):
 
 def main(config):
     with refusing():
-        unet = load_unet(config.teacher)
+        unet = load_teacher(config.teacher)
         if unet.num_classes is not None:
             raise ValueError(f"--teacher {config.teacher} is class-conditional; VDU is for unconditional ones")
         variance = read_posterior(config.posterior, unet)

@@ -4,11 +4,16 @@ The originals are a reference network of the DDPM code family, written here from
 alone, and diffusers' own UNet2DModel.
 """
 
+import hashlib
 import json
 import math
 import os
 import runpy
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -542,3 +547,83 @@ def test_as_a_command(networks, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(ROOT / "convert.py"), run_name="__main__")
     assert capsys.readouterr().err == "convert.py: error: absent.pth: there is no such file or folder\n"
+
+
+# ------------------------------------------------------------------ from the network
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A server on loopback, and an empty cache. Paths that begin with /short/ promise more than they give."""
+    files, asked = {}, []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            content = files.get(self.path.removeprefix("/short"))
+            if content is None:
+                return self.send_error(404)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2] if self.path.startswith("/short/") else content)
+
+        def log_message(self, *words):
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    yield SimpleNamespace(url=f"http://127.0.0.1:{httpd.server_port}", files=files, asked=asked, cache=tmp_path / "cache")
+    httpd.shutdown()
+
+
+def test_a_url_is_fetched_once(server, tiny_file):
+    server.files["/teacher.safetensors"] = Path(tiny_file).read_bytes()
+    digits = hashlib.sha256(Path(tiny_file).read_bytes()).hexdigest()
+    for _ in range(2):
+        unet = convert.load_teacher(f"{server.url}/teacher.safetensors#sha256={digits}")
+    assert server.asked == ["/teacher.safetensors"]
+    ours = load_unet(tiny_file).state_dict()
+    assert all(torch.equal(ours[k], v) for k, v in unet.state_dict().items())
+    by_file = convert.load_teacher(f"file://{tiny_file}")
+    assert all(torch.equal(ours[k], v) for k, v in by_file.state_dict().items())
+
+
+def test_a_model_of_the_hub_is_fetched_and_converted(server, tmp_path, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    theirs = diffusers.UNet2DModel(
+        sample_size=8, block_out_channels=(32, 32), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"), layers_per_block=1, downsample_padding=0, flip_sin_to_cos=False,
+        freq_shift=1, norm_eps=1e-6, attention_head_dim=None).eval()
+    theirs.save_pretrained(tmp_path / "model")
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        server.files[f"/org/name/resolve/main/{name}"] = (tmp_path / "model" / name).read_bytes()
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    unet = convert.load_teacher("hub:org/name")
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
+    with torch.no_grad():
+        torch.testing.assert_close(unet(x, t), theirs(x, t).sample, rtol=0, atol=1e-4)
+    assert convert.load_teacher("hub:org/name").num_classes is None and len(server.asked) == 2
+
+
+@pytest.mark.parametrize("path, says", [
+    ("/nobody.safetensors", "404"),
+    ("/short/teacher.safetensors", "broke off after"),
+    ("/teacher.safetensors#sha256=" + 64 * "0", "has the SHA-256"),
+])
+def test_what_does_not_come_whole_is_refused_and_leaves_nothing(server, tiny_file, path, says):
+    server.files["/teacher.safetensors"] = Path(tiny_file).read_bytes()
+    with pytest.raises(OSError, match=says) as error:
+        convert.load_teacher(server.url + path)
+    assert server.url in str(error.value)
+    assert not [p for p in server.cache.rglob("*") if p.is_file()]
+    # and the next try, of a sound file, works
+    assert convert.load_teacher(server.url + "/teacher.safetensors").num_classes == 10
+
+
+def test_no_server_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    with pytest.raises(OSError, match="http://127.0.0.1:9/x.safetensors: "):
+        convert.load_teacher("http://127.0.0.1:9/x.safetensors")
