@@ -6,6 +6,7 @@
     python pretrain.py mnist-posterior     # K of them, from there: their mean is the unconditional teacher
     python pretrain.py mnist-statistics    # what the metrics compare with: real images, and the teachers'
     python pretrain.py cifar10             # days on one GPU; stl10 likewise
+    python pretrain.py cifar10-posterior   # from google/ddpm-cifar10-32
 
 Each leaves a .safetensors file and its card, a .json that says how it was made and what it scores, in
 runs/pretrain-<what>/. Copy both to weights/ before the next command; that is where it looks. MNIST is read from
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from convert import load_teacher
 from eval import (
     Classifier,
     balanced_labels,
@@ -65,6 +67,7 @@ PRESETS = {
     "mnist-statistics": dict(steps=0),
     # as in the official code: 800,000 iterations, flips, one label in ten dropped, plain loss; the rate is our choice
     "cifar10": dict(steps=800_000, batch_size=128, lr=2e-4, lr_down=0.0, ema=0.9999, flip=0.5, min_snr=1e9),
+    "cifar10-posterior": dict(steps=50_000, batch_size=128, lr=2e-5, init="hub:google/ddpm-cifar10-32", min_snr=1e9),
     "stl10": dict(steps=800_000, batch_size=64, lr=2e-4, lr_down=0.0, ema=0.9999, flip=0.5, min_snr=1e9),
 }
 
@@ -81,7 +84,7 @@ class Config:
     ema: float = option(0.999, "decay of the weight average that is kept; teachers", low=0, high=1)
     label_dropout: float = option(0.1, "share of labels replaced by 'none', for guidance; teachers", low=0, high=1)
     min_snr: float = option(5.0, "loss weight min(SNR, this) / SNR (Hang et al. 2023, 'Min-SNR'); teachers", low=0)
-    init: str = option("", "teacher to start from, a shipped name or a file; teachers")
+    init: str = option("", "teacher to start from: a shipped name, a file, a URL or hub:ORG/NAME; teachers")
     checkpoints: int = option(5, "K, networks that share a beginning and share the steps; posterior", low=2)
     per_class: int = option(300, "teacher images of each class; statistics", low=2)
     images: int = option(2000, "images of the unconditional teacher; statistics", low=100)
@@ -156,11 +159,12 @@ def without_classes(unet):
 
 def start(config):
     """The network that training begins with: a new one, or `--init`, without its classes where none are wanted."""
-    settings, _ = TEACHERS["mnist-unconditional" if config.what == "mnist-posterior" else config.what]
-    conditional = "num_classes" in settings
+    settings = TEACHERS[config.what.removesuffix("-posterior")][0]
+    conditional = "num_classes" in settings and not config.what.endswith("-posterior")
+    settings = settings if conditional else settings | {"num_classes": None}
     if not config.init:
         return UNet(**settings)
-    unet = load_unet(config.init)
+    unet = load_teacher(config.init)
     if unet.image_shape != UNet(**settings).image_shape:
         raise ValueError(f"--init {config.init} draws images of another shape than {config.what} does")
     if conditional and unet.num_classes is None:
@@ -214,7 +218,8 @@ def train_posterior(config, run):
     """K networks that share their beginning, `--init`, and go on alone, each under a seed of its own: their mean is
     the network that vdu.py begins with, their variance tells which weights matter."""
     K, each = config.checkpoints, config.steps // config.checkpoints
-    images, schedule = mnist(config.data, train=True)[0].to(run.device), VPSchedule.linear().to(run.device)
+    data = config.what.removesuffix("-posterior")
+    images, schedule = TEACHERS[data][1](config.data)[0].to(run.device), VPSchedule.linear().to(run.device)
     with refusing():
         beginning = start(config).to(run.device)
     unet = copy.deepcopy(beginning).train()
@@ -244,26 +249,25 @@ def train_posterior(config, run):
     if run.rank == 0:
         mean, variance = posterior([network.state_dict() for network in finished])
         unet.load_state_dict(mean)
-        path = run.folder / "mnist-unconditional.safetensors"
+        path = run.folder / f"{data}-unconditional.safetensors"
         facts = dict(checkpoints=K, steps_each=each)
-        save_unet(unet, path, what="unconditional MNIST teacher, the mean of a posterior", **facts)
+        save_unet(unet, path, what=f"unconditional teacher, {data}, the mean of a posterior", **facts)
         write_card(
             run,
             path,
-            what=f"unconditional DDPM teacher, MNIST training images: the mean of {K} networks",
+            what=f"unconditional DDPM teacher, training images: the mean of {K} networks",
             parameters=sum(p.numel() for p in unet.parameters()),
             **facts,
-            see="mnist-statistics.json",
         )
-        of_weights = run.folder / "mnist-unconditional-posterior.safetensors"
+        of_weights = run.folder / f"{data}-unconditional-posterior.safetensors"
         write_tensors(of_weights, "posterior", variance, mean_sha256=checksum(path), **facts)
-        sigma = torch.cat([v.flatten() for v in variance.values()]).sqrt()
+        sigma = torch.cat([v.flatten() for v in variance.values()]).sqrt().sort().values
         write_card(
             run,
             of_weights,
-            what=f"variance of every weight over {K} networks; their mean is mnist-unconditional",
+            what=f"variance of every weight over {K} networks; their mean is {data}-unconditional",
             **facts,
-            sigma={f"{q:.0%}": sigma.quantile(q).item() for q in (0.01, 0.1, 0.5, 0.9, 0.99)},
+            sigma={f"{q:.0%}": sigma[int(q * len(sigma))].item() for q in (0.01, 0.1, 0.5, 0.9, 0.99)},
         )
 
 
@@ -414,11 +418,11 @@ def make_statistics(config, run):
 if __name__ == "__main__":
     config = parse(Config, __doc__, PRESETS)
     with refusing("--data: "):  # before anything is written
-        TEACHERS.get(config.what, TEACHERS["mnist"])[1](config.data)
+        TEACHERS.get(config.what.removesuffix("-posterior"), TEACHERS["mnist"])[1](config.data)
     run = Run(config, f"runs/pretrain-{config.what}")
     make = {
         **dict.fromkeys(TEACHERS, train_teacher),
-        "mnist-posterior": train_posterior,
+        **dict.fromkeys(("mnist-posterior", "cifar10-posterior"), train_posterior),
         "mnist-classifier": train_classifier,
         "mnist-statistics": make_statistics,
     }
