@@ -226,6 +226,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.curves, self.seconds, self.bar = {}, 0.0, None
+        self.enough = False  # set it in the loop (in every process) to make the present step the last one
         self.settings = dataclasses.asdict(config)
         if self.rank == 0:
             self.claim_folder()
@@ -313,13 +314,13 @@ class Run:
         previous = signal.signal(signal.SIGINT, remember)
         self.bar = tqdm(total=self.config.steps, initial=self.step, desc=label, disable=self.rank > 0,
                         mininterval=0.5 if sys.stderr.isatty() else 20)  # a log file wants fewer lines
-        while self.step < self.config.steps:
+        while self.step < self.config.steps and not self.enough:
             yield self.step
             self.step += 1
             self.seconds, self.clock = self.seconds + time.perf_counter() - self.clock, time.perf_counter()
             self.bar.update()
             stop = self.any_process(interrupted)
-            if stop or self.step == self.config.steps or self.step % self.config.save_every == 0:
+            if stop or self.enough or self.step == self.config.steps or self.step % self.config.save_every == 0:
                 self.save(path)
             if stop:
                 self.bar.close()
@@ -357,8 +358,8 @@ class Run:
         if self.world > 1:
             dist.all_gather_object(random, mine)
         if self.rank == 0:
-            content = {"step": self.step, "seconds": self.seconds, "random": random, "curves": self.curves,
-                       "scaler": self.scaler.state_dict(), "state": {k: v.state_dict() for k, v in self.state.items()}}
+            content = {"step": self.step, "enough": self.enough, "seconds": self.seconds, "random": random,
+                       "curves": self.curves, "scaler": self.scaler.state_dict(), "state": {k: v.state_dict() for k, v in self.state.items()}}
             write_atomically(path, lambda temporary: torch.save(content, temporary))
 
     def restore(self, path):
@@ -371,7 +372,7 @@ class Run:
             reason = str(error).splitlines()[0]
             refuse(f"--resume: {path} is not a whole checkpoint of this run ({type(error).__name__}: {reason})")
         self.scaler.load_state_dict(saved["scaler"])
-        self.curves, self.seconds = saved["curves"], saved["seconds"]
+        self.curves, self.seconds, self.enough = saved["curves"], saved["seconds"], saved["enough"]
         torch.set_rng_state(random["cpu"])
         if random["cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(random["cuda"])

@@ -77,7 +77,9 @@ class Config:
     teacher: str = option("mnist-unconditional", "a shipped name, a file, a URL or hub:ORG/NAME; see convert.py")
     posterior: str = option("mnist-unconditional-posterior", "the variance of the teacher's weights: a shipped name, a "
                             "file, or the files of K >= 2 teachers to take it from", nargs="+")
-    steps: int = option(30, "training steps; our choice", low=0)
+    steps: int = option(60, "training steps, at most; our choice", low=0)
+    stop_at: float = option(1.25, "end when the error on some fixed noised images of D_f has grown by this factor; 0: "
+                            "never; our choice", low=0)
     batch_size: int = option(64, "undesired images a step, over all processes; our choice", low=1)
     optimizer: str = option("natural", "natural: the natural gradient of q, sigma*^2 times the plain one; or adam; our "
                             "choice", choices=["natural", "adam"])
@@ -184,17 +186,30 @@ def train(config, run, unet, variance, images, schedule):
     network, batch = run.parallel(unet), max(1, config.batch_size // run.world)
     images = images.to(run.device)
 
+    def draw(n):
+        x0 = images[torch.randint(len(images), (n,), device=run.device)]
+        return x0, torch.randint(config.t_min, config.t_max, (n,), device=run.device), torch.randn_like(x0)
+
+    probe = draw(64)  # the same images, steps and noise throughout: its error shows the change in theta alone
+
+    @torch.no_grad()
+    def probe_error():
+        with run.autocast():
+            return -plasticity_inducer(unet, *probe, schedule, weighting=config.weighting).mean()
+
+    error_at_mean = probe_error()
+
     for _ in run.loop({"unet": unet, "optimizer": optimizer}, label="VDU"):
-        x0 = images[torch.randint(len(images), (batch,), device=run.device)]
-        t = torch.randint(config.t_min, config.t_max, (batch,), device=run.device)
-        noise = torch.randn_like(x0)
+        x0, t, noise = draw(batch)
         with run.autocast():
             A = plasticity_inducer(network, x0, t, noise, schedule, weighting=config.weighting).mean()  # (V3)
         B = stability_regularizer(unet, mean, variance)  # (V4)
         A, B = (A / pixels, B / weights) if config.reduction == "mean" else (schedule.T * A, B)
         loss = (1 - config.gamma) * A + config.gamma * B  # (V5) L = (1 - gamma) A + gamma B
         run.update("loss", loss, unet, optimizer)
-        run.log(plasticity=A, stability=B, loss=loss)
+        growth = probe_error() / error_at_mean
+        run.enough = run.any_process(config.stop_at and growth >= config.stop_at)
+        run.log(plasticity=A, stability=B, growth=growth)
     return unet.eval()
 
 

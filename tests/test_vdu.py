@@ -114,7 +114,7 @@ def tiny_unconditional(seed=0):
 
 def run_of(tmp_path, name, variance=1e-4, **words):
     """A short VDU of a tiny network on six images: the run, the network before and after."""
-    words = {"steps": 6, "lr": 1e-3, "optimizer": "adam", "t_min": 0, "t_max": 1000} | words
+    words = {"steps": 6, "lr": 1e-3, "optimizer": "adam", "t_min": 0, "t_max": 1000, "stop_at": 0.0} | words
     config = Config(out=str(tmp_path / name), amp="off", batch_size=4, **words)
     unet = tiny_unconditional()
     run = Run(config, "")  # seeds what follows
@@ -187,6 +187,19 @@ def test_natural_gradient_moves_weights_as_their_width_allows():
     before = theta.detach().clone()
     fresh.step()
     assert torch.equal(theta, before)  # no gradient, no step, no 0 / 0
+
+
+def test_it_ends_when_the_error_has_grown_enough(tmp_path):
+    """At the first step that reaches the factor, and a resumption neither misses the end nor goes beyond it."""
+    run, _, whole = run_of(tmp_path, "whole", gamma=0.0, steps=40)
+    factor = run.curves["growth"][9]
+    assert factor > max(run.curves["growth"][:9])  # it grows all the way
+    run, _, stopped = run_of(tmp_path, "stopped", gamma=0.0, steps=40, stop_at=factor)
+    assert run.step == 10 and len(run.curves["growth"]) == 10 and not same_bits(stopped, whole)
+    run_of(tmp_path, "halves", gamma=0.0, steps=5, stop_at=factor)
+    for _ in range(2):  # on the way, and at the end
+        run, _, resumed = run_of(tmp_path, "halves", gamma=0.0, steps=40, stop_at=factor, resume=True)
+        assert run.step == 10 and same_bits(stopped, resumed)
 
 
 def test_natural_gradient_resumes_in_the_same_bits(tmp_path):
