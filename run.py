@@ -359,7 +359,8 @@ class Run:
             dist.all_gather_object(random, mine)
         if self.rank == 0:
             content = {"step": self.step, "enough": self.enough, "seconds": self.seconds, "random": random,
-                       "curves": self.curves, "scaler": self.scaler.state_dict(), "state": {k: v.state_dict() for k, v in self.state.items()}}
+                       "curves": self.curves, "scaler": self.scaler.state_dict(),
+                       "state": {k: v.state_dict() for k, v in self.state.items()}}
             write_atomically(path, lambda temporary: torch.save(content, temporary))
 
     def restore(self, path):
