@@ -316,7 +316,7 @@ def main(config):
     train(config, run, unet, variance, images, schedule)
 
     metrics = {"forget": forget, "undesired_images": len(images), "undesired_from": origin,
-               "training_seconds": run.seconds}
+               "steps_taken": run.step, "training_seconds": run.seconds}
     if run.rank == 0:
         save_unet(unet, run.folder / "unlearned.safetensors", method="VDU", forget=forget, teacher=config.teacher,
                   gamma=config.gamma, steps=config.steps, seed=config.seed)

@@ -44,7 +44,7 @@ def all_classes():
     seeds = sorted({run["seed"] for run in runs})
     lines += [
         "",
-        f"Seeds {', '.join(map(str, seeds))}; {first['images_per_class']} images of each class; {first['config']['steps']} steps; "
+        f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; {first['images_per_class']} images of each class; {first['config']['steps']} steps; "
         f"machine: {first['machine']}, {first['amp']}; FID of real test images, for scale: {first['real_test_fid']:.4f} without class {first['forget'][0]}. "
         f"Made by `python results/all_classes.py ddpm_sfd`, raw numbers in `results/ddpm_sfd-mnist/`.",
     ]
@@ -55,17 +55,23 @@ def vdu():
     """One row a forgotten class: mean and standard deviation over seeds, the worst seed beside it."""
     runs = [json.loads(path.read_text()) for path in sorted((HERE / "vdu-mnist").glob("*.json"))]
     lines = [
-        "| forgotten | PUL, % (worst) | u-FID over the teacher's (worst) | confidence, points to the teacher's (worst) | seconds of training |",
-        "|---|---|---|---|---|",
+        "| forgotten | PUL, % (worst) | u-FID over the teacher's retained images' (worst) | the same, classes alike | over the teacher's u-FID "
+        "| confidence, points to the teacher's (worst) | steps | seconds of training |",
+        "|---|---|---|---|---|---|---|---|",
     ]
 
     def row(name, group):
-        pul = [100 * run["pul"] for run in group]
-        ratio = [run["u_fid"] / run["teacher_fid"] for run in group]
+        def ratio(above, below):
+            return [run[above] / run[below] for run in group]
+
+        pul, strict = [100 * run["pul"] for run in group], ratio("u_fid", "teacher_fid")
         points = [100 * (run["confidence"] - run["teacher_confidence"]) for run in group]
         return (
-            f"| {name} | {spread(pul, '{:.1f}')} ({min(pul):.1f}) | {spread(ratio, '{:.2f}')} ({max(ratio):.2f}) "
-            f"| {spread(points, '{:.2f}')} ({min(points):.2f}) | {spread([run['training_seconds'] for run in group], '{:.0f}')} |"
+            f"| {name} | {spread(pul, '{:.1f}')} ({min(pul):.1f}) | {spread(strict, '{:.1f}')} ({max(strict):.1f}) "
+            f"| {spread(ratio('balanced_fid', 'teacher_balanced_fid'), '{:.2f}')} | {spread(ratio('u_fid', 'teacher_u_fid'), '{:.2f}')} "
+            f"| {spread(points, '{:.1f}')} ({min(points, key=lambda x: -abs(x)):.1f}) "
+            f"| {min(run['steps_taken'] for run in group)} to {max(run['steps_taken'] for run in group)} "
+            f"| {spread([run['training_seconds'] for run in group], '{:.0f}')} |"
         )
 
     for k in range(10):
@@ -74,9 +80,9 @@ def vdu():
     first, seeds = runs[0], sorted({run["seed"] for run in runs})
     lines += [
         "",
-        f"Seeds {', '.join(map(str, seeds))}; {first['images']:,} images each, from the same noise before and after; undesired images: "
-        f"{first['undesired_from']}; {first['config']['steps']} steps; machine: {first['machine']}, {first['amp']}. The teacher's u-FID here is that of "
-        f"its images without those seen as the forgotten class, {min(r['teacher_fid'] for r in runs):.3f} to {max(r['teacher_fid'] for r in runs):.3f}; with them "
+        f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; {first['images']:,} images each, from the same noise before and after; "
+        f"undesired images: {first['undesired_from']}; machine: {first['machine']}, {first['amp']}. FID of the teacher's retained images: "
+        f"{min(r['teacher_fid'] for r in runs):.3f} to {max(r['teacher_fid'] for r in runs):.3f}; u-FID of all its images: "
         f"{min(r['teacher_u_fid'] for r in runs):.3f} to {max(r['teacher_u_fid'] for r in runs):.3f}. "
         f"Made by `python results/all_classes.py vdu`, raw numbers in `results/vdu-mnist/`.",
     ]
