@@ -25,6 +25,9 @@ that is (V3), the plasticity inducer, which asks the network to denoise D_f badl
 one width, is the distance between their means in units of sigma*: that is (V4), the stability regularizer, which lets
 a weight move if independent trainings disagree on it, and holds it if they agree. (V5) mixes the two.
 
+How far? (V3) has no lower bound: left alone it ends in a network that draws nothing. We walk down (V5) by the natural
+gradient of q, in short steps, and stop when the error on some of D_f has grown by a quarter.
+
 Glossary. The labels stand on the lines that do them; (D1) to (D3) are in unet.py.
 
     unet, theta     theta       the network, begun at mu*

@@ -1,3 +1,4 @@
+import os
 import shlex
 import subprocess
 import sys
@@ -7,6 +8,10 @@ import pytest
 import torch
 
 from unet import UNet, save_unet
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at a time: one thread each, or they wait for one another
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {"image_size": 28, "in_channels": 1, "channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_at": (14,)}
@@ -39,7 +44,7 @@ def tiny_file(tmp_path):
 def words(command, processes=1):
     """'ddpm_sfd.py --forget 0' as a list for subprocess: one of the project's scripts, or several under torchrun."""
     script, *rest = shlex.split(command)
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29517"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / script), *rest]
 
 
