@@ -133,14 +133,20 @@ def test_it_runs_and_its_key_numbers_are_still_true(path, tmp_path):
 
 
 def test_the_first_cell_finds_the_clone_or_says_what_to_do(tmp_path, monkeypatch):
-    source = code_cells(read(PATHS[0]))[0].source
-    for folder in (ROOT, ROOT / "notebooks", ROOT / "tests", ROOT.parent):
+    source, calls = code_cells(read(PATHS[0]))[0].source, []
+    monkeypatch.setattr("subprocess.run", lambda words, check: calls.append([str(word) for word in words]))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "clone").symlink_to(ROOT)
+    for folder in (ROOT, ROOT / "notebooks", tmp_path):  # in the clone, below it, beside it
         monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "path", [])
         found = {}
         exec(source, found)
-        assert (found["clone"] / "ddpm_sfd.py").is_file() and sys.path[1].endswith("notebooks")
-    monkeypatch.chdir(tmp_path)
+        assert found["clone"].resolve() == ROOT and sys.path[:2] == [str(found["clone"]), str(found["clone"] / "notebooks")]
+    assert not calls  # nothing is installed where nothing is missing
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    exec(source, {})
+    assert calls[0][1:3] == ["-m", "pip"] and calls[0][-1].endswith("requirements.txt")
+    monkeypatch.chdir(tmp_path.parent)
     with pytest.raises(FileNotFoundError, match="clone the repository first"):
         exec(source, {})
 
