@@ -76,7 +76,7 @@ DDPM_FAMILY = [
     (r"\.shortcut", ".nin_shortcut"),
     (r"\.qkv", ".q", ".k", ".v"),
 ]
-DIFFUSERS = [
+DIFFUSERS_BLOCKS = [  # what is alike in all of its U-Nets
     (r"^time_dense\.0", "time_embedding.linear_1"),
     (r"^time_dense\.2", "time_embedding.linear_2"),
     (r"\.blocks\.", ".resnets."),
@@ -87,10 +87,22 @@ DIFFUSERS = [
     (r"^middle\.2", "mid_block.resnets.1"),
     (r"\.emb_proj", ".time_emb_proj"),
     (r"\.shortcut", ".conv_shortcut"),
+    (r"^norm_out", "conv_norm_out"),
+]
+DIFFUSERS = [  # UNet2DModel
+    *DIFFUSERS_BLOCKS,
     (r"(\.attentions\.\d+)\.norm", r"\1.group_norm"),
     (r"\.qkv", ".to_q", ".to_k", ".to_v"),
     (r"\.proj_out", ".to_out.0"),
-    (r"^norm_out", "conv_norm_out"),
+]
+DIFFUSERS_TEXT = [  # UNet2DConditionModel, Stable Diffusion's
+    *DIFFUSERS_BLOCKS,
+    (r"(\.attentions\.\d+)\.norm([123])", r"\1.transformer_blocks.0.norm\2"),
+    (r"\.self_attention", ".transformer_blocks.0.attn1"),
+    (r"\.cross_attention", ".transformer_blocks.0.attn2"),
+    (r"\.to_out", ".to_out.0"),
+    (r"\.dense_in", ".transformer_blocks.0.ff.net.0.proj"),
+    (r"\.dense_out", ".transformer_blocks.0.ff.net.2"),
 ]
 OLD_DIFFUSERS = [  # attention, as diffusers called it until 2023 and old files do still -> as it is called now
     (r"\.query\.", ".to_q."),
@@ -220,24 +232,52 @@ def read_ddpm_family(config, items):
 
 # ---------------------------------------------------------------------------- diffusers
 
-SETTINGS = {  # of config.json: what diffusers takes when it is silent, and what our U-Net can be
-    "_class_name": (None, ["UNet2DModel"]),
+BOTH = {  # of config.json: what diffusers takes when it is silent, and what our U-Net can be
     "center_input_sample": (False, [False]),
     "time_embedding_type": ("positional", ["positional"]),
-    "freq_shift": (0, [1]),
-    "flip_sin_to_cos": (True, [False]),
-    "mid_block_type": ("UNetMidBlock2D", ["UNetMidBlock2D"]),
     "mid_block_scale_factor": (1, [1]),
-    "downsample_padding": (1, [0]),
-    "downsample_type": ("conv", ["conv"]),
-    "upsample_type": ("conv", ["conv"]),
     "act_fn": ("silu", ["silu", "swish"]),
-    "norm_eps": (1e-5, [1e-6]),
     "resnet_time_scale_shift": ("default", ["default"]),
-    "add_attention": (True, [True]),
     "class_embed_type": (None, [None]),
     "num_class_embeds": (None, [None]),
 }
+SETTINGS = BOTH | {  # of a UNet2DModel
+    "_class_name": (None, ["UNet2DModel"]),
+    "freq_shift": (0, [1]),
+    "flip_sin_to_cos": (True, [False]),
+    "mid_block_type": ("UNetMidBlock2D", ["UNetMidBlock2D"]),
+    "downsample_padding": (1, [0]),
+    "downsample_type": ("conv", ["conv"]),
+    "upsample_type": ("conv", ["conv"]),
+    "norm_eps": (1e-5, [1e-6]),
+    "add_attention": (True, [True]),
+}
+TEXT_SETTINGS = BOTH | {  # of a UNet2DConditionModel
+    "_class_name": (None, ["UNet2DConditionModel"]),
+    "freq_shift": (0, [0]),
+    "flip_sin_to_cos": (True, [True]),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn", ["UNetMidBlock2DCrossAttn"]),
+    "downsample_padding": (1, [1]),
+    "norm_eps": (1e-5, [1e-5]),
+    "use_linear_projection": (False, [False]),
+    "only_cross_attention": (False, [False]),
+    "dual_cross_attention": (False, [False]),
+    "transformer_layers_per_block": (1, [1]),
+    "num_attention_heads": (None, [None]),
+    "addition_embed_type": (None, [None]),
+    "encoder_hid_dim": (None, [None]),
+    "time_cond_proj_dim": (None, [None]),
+    "conv_in_kernel": (3, [3]),
+    "conv_out_kernel": (3, [3]),
+}
+
+
+def supported_or_refused(theirs, rules):
+    """ValueError names the first setting that our U-Net cannot have. rules: name -> (diffusers' default, values)."""
+    for name, (default, supported) in rules.items():
+        value = theirs.get(name, default)
+        if value not in supported:
+            raise ValueError(f"{name} {value!r} is not supported, only {' or '.join(map(repr, supported))}")
 
 
 def diffusers_settings(theirs, image_size):
@@ -258,10 +298,7 @@ def diffusers_settings(theirs, image_size):
         "attention_head_dim": (8, [None, *head] if len(head) == 1 else [None]),
         "attn_norm_num_groups": (None, [None, groups]),
     }
-    for name, (default, supported) in rules.items():
-        value = theirs.get(name, default)
-        if value not in supported:
-            raise ValueError(f"{name} {value!r} is not supported, only {' or '.join(map(repr, supported))}")
+    supported_or_refused(theirs, rules)
     if not isinstance(image_size or square, int):
         raise ValueError(f"sample_size {sample_size!r} is no size of square images; give --image-size")
     return {"in_channels": in_channels, "channels": widths[0], "multipliers": [width // widths[0] for width in widths],
@@ -280,6 +317,51 @@ def read_diffusers(config, tensors, file):
     tensors = {name: t[:, :, None, None] if t.ndim == 2 and ".attentions." in name else t  # Linear as 1x1 convolution
                for name, t in rename(tensors, OLD_DIFFUSERS).items()}
     return fill(settings, tensors, DIFFUSERS), {"container": "UNet2DModel of diffusers", "tensors": len(tensors)}
+
+
+# ---------------------------------------------------------------------------- Stable Diffusion's U-Net, both ways
+
+
+def text_unet(tensors, config):
+    """The text-conditioned U-Net of a UNet2DConditionModel. tensors: name -> tensor; config: what its config.json says.
+
+    ValueError when our U-Net cannot be that, or unless every tensor is used and every parameter filled."""
+    try:
+        widths, down, in_channels = (config[name] for name in ("block_out_channels", "down_block_types", "in_channels"))
+        attended = [level for level, kind in enumerate(down) if kind == "CrossAttnDownBlock2D"]
+        kinds = ["CrossAttn" if level in attended else "" for level in range(len(widths))]
+        heads, text_dim = config.get("attention_head_dim", 8), config.get("cross_attention_dim", 1280)
+        supported_or_refused(config, TEXT_SETTINGS | {
+            "block_out_channels": (None, [[width // widths[0] * widths[0] for width in widths]]),  # whole multiples
+            "down_block_types": (None, [[kind + "DownBlock2D" for kind in kinds]]),
+            "up_block_types": (None, [[kind + "UpBlock2D" for kind in reversed(kinds)]]),
+            "out_channels": (4, [in_channels]),
+        })
+        if not isinstance(heads, int) or not isinstance(text_dim, int):  # the heads' number is called their width there
+            raise ValueError("attention_head_dim and cross_attention_dim must be one number each, for all levels")
+        settings = {"in_channels": in_channels, "channels": widths[0], "blocks": config.get("layers_per_block", 2),
+                    "multipliers": [width // widths[0] for width in widths], "text_dim": text_dim, "heads": heads,
+                    "groups": config.get("norm_num_groups", 32), "dropout": config.get("dropout", 0.0),
+                    **pixels(config["sample_size"], len(widths), attended)}
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"its config.json describes no UNet2DConditionModel: {error!r}") from None
+    return fill(settings, tensors, DIFFUSERS_TEXT)
+
+
+def text_unet_tensors(unet):
+    """The inverse of `text_unet`: (name -> tensor, config.json's content) of a text-conditioned U-Net, as diffusers
+    writes them."""
+    ours = unet.config
+    kinds = ["CrossAttn" if ours["image_size"] >> level in ours["attention_at"] else ""
+             for level in range(len(ours["multipliers"]))]
+    config = {name: supported[0] for name, (_, supported) in TEXT_SETTINGS.items()} | {
+        "sample_size": ours["image_size"], "in_channels": ours["in_channels"], "out_channels": ours["in_channels"],
+        "block_out_channels": [ours["channels"] * multiplier for multiplier in ours["multipliers"]],
+        "layers_per_block": ours["blocks"], "dropout": ours["dropout"], "norm_num_groups": ours["groups"],
+        "cross_attention_dim": ours["text_dim"], "attention_head_dim": ours["heads"],
+        "down_block_types": [kind + "DownBlock2D" for kind in kinds],
+        "up_block_types": [kind + "UpBlock2D" for kind in reversed(kinds)]}
+    return {translate(name, DIFFUSERS_TEXT)[0]: tensor for name, tensor in unet.state_dict().items()}, config
 
 
 # ---------------------------------------------------------------------------- from the network

@@ -16,7 +16,7 @@ Glossary. Labels (D1) to (D3) are this project's own; they stand on the line of 
     x_t        x_t          the image noised to step t                                        (D1)
     a, s       a_t, s_t     sqrt(abar_t) and sqrt(1 - abar_t): how much signal, how much noise
     eps        eps_theta    the network's guess of the noise in x_t; the score is -eps / s_t  (D2)
-    c          c            what the image should show: nothing, or a class label, (B,)
+    c          c            what the image should show: nothing, a class label, (B,), or a text embedding, (B, L, D)
 """
 import json
 import math
@@ -29,6 +29,7 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 
@@ -79,11 +80,15 @@ class VPSchedule(nn.Module):
 # ---------------------------------------------------------------------------- the U-Net
 
 
-def sinusoidal_embedding(t, dim):
-    """Steps t (B,) as sines, then cosines, of geometrically spaced frequencies: (B, dim)."""
-    frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2 - 1))
+def sinusoidal_embedding(t, dim, stable_diffusion=False):
+    """Steps t (B,) as sines and cosines of geometrically spaced frequencies: (B, dim).
+
+    Ho et al. put the sines first and end at frequency 1/10000; Stable Diffusion puts the cosines first and ends one
+    place before."""
+    last = dim // 2 if stable_diffusion else dim // 2 - 1
+    frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / last)
     angles = t[:, None].float() * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.cat([angles.cos(), angles.sin()] if stable_diffusion else [angles.sin(), angles.cos()], dim=1)
 
 
 def zeroed(module):
@@ -96,12 +101,12 @@ def zeroed(module):
 class ResidualBlock(nn.Module):
     """GroupNorm, SiLU, conv, + what the embedding says, GroupNorm, SiLU, dropout, conv; all added to the input."""
 
-    def __init__(self, cin, cout, emb_dim, groups, dropout):
+    def __init__(self, cin, cout, emb_dim, groups, dropout, eps=1e-6):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, cin, eps=1e-6)
+        self.norm1 = nn.GroupNorm(groups, cin, eps=eps)
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
         self.emb_proj = nn.Linear(emb_dim, cout)
-        self.norm2 = nn.GroupNorm(groups, cout, eps=1e-6)
+        self.norm2 = nn.GroupNorm(groups, cout, eps=eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zeroed(nn.Conv2d(cout, cout, 3, padding=1))
         self.shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
@@ -122,10 +127,60 @@ class Attention(nn.Module):
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj_out = zeroed(nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x):
+    def forward(self, x, text=None):
         q, k, v = rearrange(self.qkv(self.norm(x)), "b (n c) h w -> n b 1 (h w) c", n=3)
         h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, H*W, C)
         return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+
+
+class NoAttention(nn.Module):
+    """Where a level has none."""
+
+    def forward(self, x, text=None):
+        return x
+
+
+class MultiHeadAttention(nn.Module):
+    """Every pixel looks at every place of `source`: x (B, N, C), source (B, M, D) -> (B, N, C)."""
+
+    def __init__(self, channels, source_dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(source_dim, channels, bias=False)
+        self.to_v = nn.Linear(source_dim, channels, bias=False)
+        self.to_out = nn.Linear(channels, channels)
+
+    def forward(self, x, source):
+        q, k, v = (rearrange(h, "b n (heads c) -> b heads n c", heads=self.heads)
+                   for h in (self.to_q(x), self.to_k(source), self.to_v(source)))
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, C / heads)
+        return self.to_out(rearrange(h, "b heads n c -> b n (heads c)"))
+
+
+class TextTransformer(nn.Module):
+    """What Stable Diffusion has in place of plain attention: the pixels look at each other, then at the text's tokens,
+    then each passes through two dense layers; all of it added to the input."""
+
+    def __init__(self, channels, text_dim, heads, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
+        self.self_attention = MultiHeadAttention(channels, channels, heads)
+        self.cross_attention = MultiHeadAttention(channels, text_dim, heads)
+        self.dense_in = nn.Linear(channels, 8 * channels)  # four times the width, and as many gates
+        self.dense_out = nn.Linear(4 * channels, channels)
+        self.proj_out = zeroed(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x, text):
+        h = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
+        pixels = self.norm1(h)
+        h = h + self.self_attention(pixels, pixels)
+        h = h + self.cross_attention(self.norm2(h), text)
+        value, gate = self.dense_in(self.norm3(h)).chunk(2, dim=-1)
+        h = h + self.dense_out(value * F.gelu(gate))  # GEGLU (Shazeer 2020)
+        return x + self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=x.shape[2]))
 
 
 class Level(nn.Module):
@@ -138,27 +193,34 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts the noise in a noised image. Ho et al. 2020; class labels as in the official SFD code.
+    """Predicts the noise in a noised image. Ho et al. 2020; class labels as in the official SFD code, text as in Stable
+    Diffusion 1 (Rombach et al. 2022), whose other habits (time embedding, padding, epsilon) come along with the text.
 
     image_size     height and width in pixels, divisible by 2 ** (len(multipliers) - 1)
     channels       width at full resolution; level i is channels * multipliers[i] wide
     blocks         residual blocks a level (one more on the way up)
     attention_at   the sizes, in pixels, at which attention follows each block (and always in the middle)
-    num_classes    None: unconditional. Otherwise labels 0 .. num_classes - 1, and `null_label` = num_classes, the
+    num_classes    None: no class labels. Otherwise labels 0 .. num_classes - 1, and `null_label` = num_classes, the
                    extra row that classifier-free guidance calls "no label"
+    text_dim       None: no text. Otherwise the width of the text embeddings, and `heads` the attention heads
     dropout        active in training mode only
     groups         groups of every GroupNorm; divides every width
     """
 
     def __init__(self, *, image_size=32, in_channels=3, channels=128, multipliers=(1, 2, 2, 2), blocks=2,
-                 attention_at=(16,), num_classes=None, dropout=0.1, groups=32):
+                 attention_at=(16,), num_classes=None, text_dim=None, heads=8, dropout=0.1, groups=32):
         super().__init__()
+        if num_classes is not None and text_dim is not None:
+            raise ValueError("a U-Net is told a class or a text, not both: give num_classes or text_dim")
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.image_shape = (in_channels, image_size, image_size)
         self.num_classes = self.null_label = num_classes
+        self.text_dim = text_dim
+        self.gradient_checkpointing = False  # True: less memory in training, for a second forward pass in the backward
         widths = [channels * m for m in multipliers]
         last = len(widths) - 1
-        dim = 4 * channels
+        dim, eps = 4 * channels, 1e-6 if text_dim is None else 1e-5
+        self.padding = (0, 1, 0, 1) if text_dim is None else (1, 1, 1, 1)  # of an image that is about to be halved
 
         self.time_dense = nn.Sequential(nn.Linear(channels, dim), nn.SiLU(), nn.Linear(dim, dim))
         if num_classes is not None:
@@ -167,10 +229,12 @@ class UNet(nn.Module):
             dim = 2 * dim  # each block sees cat[time, class]
 
         def residual(cin, cout):
-            return ResidualBlock(cin, cout, dim, groups, dropout)
+            return ResidualBlock(cin, cout, dim, groups, dropout, eps)
 
-        def attention(width, level):
-            return Attention(width, groups) if image_size >> level in attention_at else nn.Identity()
+        def attention(width, level=None):
+            if level is not None and image_size >> level not in attention_at:
+                return NoAttention()
+            return Attention(width, groups) if text_dim is None else TextTransformer(width, text_dim, heads, groups)
 
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
         skips, width = [channels], channels  # the widths that the way up will find on the stack
@@ -182,7 +246,7 @@ class UNet(nn.Module):
             skips += [out] * (blocks + (level < last))
             width = out
 
-        self.middle = nn.ModuleList([residual(width, width), Attention(width, groups), residual(width, width)])
+        self.middle = nn.ModuleList([residual(width, width), attention(width), residual(width, width)])
 
         self.up = nn.ModuleList()
         for level, out in reversed(list(enumerate(widths))):
@@ -191,37 +255,48 @@ class UNet(nn.Module):
             self.up.append(Level(residuals, [attention(out, level) for _ in range(blocks + 1)], resize))
             width = out
 
-        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
+        self.norm_out = nn.GroupNorm(groups, width, eps=eps)
         self.conv_out = zeroed(nn.Conv2d(width, in_channels, 3, padding=1))
 
     def embed(self, t, c):
-        """What every block is told: the time, and the class if there is one. t (B,), c (B,) or None -> (B, D)."""
-        emb = self.time_dense(sinusoidal_embedding(t, self.config["channels"]))
-        if (c is None) != (self.num_classes is None):
+        """What every block is told: the time, and the class if there is one. t (B,), c as in `forward` -> (B, D)."""
+        if (c is None) != (self.num_classes is None and self.text_dim is None):
             raise ValueError("this U-Net is unconditional: call it without c" if c is not None else
+                             f"this U-Net is conditioned on text: give embeddings (B, L, {self.text_dim})"
+                             if self.text_dim else
                              f"this U-Net is class-conditional: give labels 0..{self.num_classes - 1}, "
                              f"or {self.null_label} for none")
-        if c is not None:
+        emb = self.time_dense(sinusoidal_embedding(t, self.config["channels"], self.text_dim is not None))
+        if self.num_classes is not None:
             emb = torch.cat([emb, self.class_dense(self.class_embedding(c))], dim=1)
         return F.silu(emb)
 
     def forward(self, x, t, c=None):
-        """x (B, C, H, W) noised images, t (B,) integer steps, c (B,) integer labels or None -> noise (B, C, H, W)."""
-        emb = self.embed(t, c)
+        """Noised images -> the noise in them, (B, C, H, W) both.
+
+        t (B,) integer steps. c: None, integer labels (B,), or text embeddings (B, L, text_dim)."""
+        emb, text = self.embed(t, c), c if self.text_dim is not None else None
+
+        def apply(block, attention, h):
+            def both(h):
+                return attention(block(h, emb), text)
+            again = self.gradient_checkpointing and torch.is_grad_enabled()
+            return checkpoint(both, h, use_reentrant=False) if again else both(h)
+
         h = self.conv_in(x)
         skips = [h]
         for level in self.down:
             for block, attention in zip(level.blocks, level.attentions):
-                h = attention(block(h, emb))
+                h = apply(block, attention, h)
                 skips.append(h)
             if level.resize is not None:
-                h = level.resize(F.pad(h, (0, 1, 0, 1)))  # half the size
+                h = level.resize(F.pad(h, self.padding))  # half the size
                 skips.append(h)
         first, attention, second = self.middle
-        h = second(attention(first(h, emb)), emb)
+        h = second(apply(first, attention, h), emb)
         for level in self.up:
             for block, attention in zip(level.blocks, level.attentions):
-                h = attention(block(torch.cat([h, skips.pop()], dim=1), emb))
+                h = apply(block, attention, torch.cat([h, skips.pop()], dim=1))
             if level.resize is not None:
                 h = level.resize(F.interpolate(h, scale_factor=2, mode="nearest"))  # twice the size
         return self.conv_out(F.silu(self.norm_out(h)))
@@ -240,22 +315,25 @@ def indexed_noise(seed, indices):
     return lambda shape: torch.stack([torch.randn(tuple(shape), generator=source) for source in sources])
 
 
-def guided_noise(unet, x_t, t, c, guidance):
-    """Classifier-free guidance in the convention null + guidance (cond - null): 1 is none, and costs one call."""
+def guided_noise(unet, x_t, t, c, guidance, null=None):
+    """Classifier-free guidance in the convention null + guidance (cond - null): 1 is none, and costs one call.
+
+    null: what "nothing said" is, in the shape of c: the null label if not given; with text, the embedding of ""."""
     if guidance == 1 or c is None:
         return unet(x_t, t, c)
-    no_label = torch.full_like(c, unet.null_label)
-    eps, null = unet(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([c, no_label])).chunk(2)
-    return null + guidance * (eps - null)
+    null = torch.full_like(c, unet.null_label) if null is None else null.expand_as(c)
+    eps, eps_null = unet(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([c, null])).chunk(2)
+    return eps_null + guidance * (eps - eps_null)  # (L1) eps^k = eps(x, t, "") + k (eps(x, t, c) - eps(x, t, ""))
 
 
 @torch.no_grad()
-def ddim_sample(unet, schedule, z, c=None, steps=50, eta=0.0, guidance=1.0, x0_clip=True, noise=None):
+def ddim_sample(unet, schedule, z, c=None, steps=50, eta=0.0, guidance=1.0, x0_clip=True, noise=None, null=None):
     """Images from noise, by DDIM (Song, Meng, Ermon 2021).
 
-    z (B, C, H, W) standard Gaussian, c (B,) labels or None -> images (B, C, H, W), in [-1, 1] when x0_clip.
+    z (B, C, H, W) standard Gaussian, c as the U-Net takes it -> images (B, C, H, W), in [-1, 1] when x0_clip.
     eta 0 is deterministic; eta 1 at steps = T is the ancestral sampler. steps is 1..T, and the cost in network calls
     (twice that with guidance). noise: a function shape -> noise, such as `indexed_noise(...)`; only eta > 0 asks it.
+    null: as in `guided_noise`. Latents are no images: x0_clip=False for them.
     """
     if not 1 <= steps <= schedule.T:
         raise ValueError(f"steps must be 1..{schedule.T}, not {steps}")
@@ -264,7 +342,7 @@ def ddim_sample(unet, schedule, z, c=None, steps=50, eta=0.0, guidance=1.0, x0_c
     x = z
     for i in reversed(range(steps)):
         t = torch.full((len(z),), i * stride, device=z.device)
-        eps = guided_noise(unet, x, t, c, guidance)
+        eps = guided_noise(unet, x, t, c, guidance, null)
         x0 = schedule.predict_x0(x, eps, t)  # (D3)
         if x0_clip:
             x0 = x0.clamp(-1, 1)

@@ -266,7 +266,8 @@ def test_official_networks_have_the_official_numbers(multipliers, attended, size
     assert found["tensors"] == tensors and sum(p.numel() for p in unet.parameters()) == parameters
     assert unet.image_shape == (3, size, size)
     assert unet.config == {"image_size": size, "in_channels": 3, "channels": 128, "multipliers": list(multipliers), "blocks": 2,
-                           "attention_at": [16], "num_classes": 10, "dropout": 0.1, "groups": 32}
+                           "attention_at": [16], "num_classes": 10, "text_dim": None, "heads": 8, "dropout": 0.1,
+                           "groups": 32}
 
 
 # ---------------------------------------------------------------------------- diffusers
@@ -388,6 +389,52 @@ def test_weights_in_half_precision_become_float32(tmp_path):
 
 
 # ---------------------------------------------------------------------------- ours
+
+
+def stable_diffusion_unet(**change):
+    diffusers = pytest.importorskip("diffusers")
+    down, up = ["CrossAttnDownBlock2D", "DownBlock2D"], ["UpBlock2D", "CrossAttnUpBlock2D"]
+    settings = dict(sample_size=8, block_out_channels=[16, 32], layers_per_block=2, cross_attention_dim=12, dropout=0.1,
+                    attention_head_dim=4, norm_num_groups=8, down_block_types=down, up_block_types=up) | change
+    torch.manual_seed(0)
+    theirs = diffusers.UNet2DConditionModel(**settings).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return theirs, json.loads(theirs.to_json_string())
+
+
+def test_stable_diffusions_unet_and_back():
+    theirs, config = stable_diffusion_unet()
+    ours = convert.text_unet(theirs.state_dict(), config)
+    x, t, text = torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999]), torch.randn(3, 7, 12)
+    with torch.no_grad():
+        expected = theirs(x, t, text).sample
+        torch.testing.assert_close(ours(x, t, text), expected, rtol=1e-4, atol=1e-5)
+    assert expected.std() > 0.01 and ours.config["dropout"] == 0.1
+    tensors, written = convert.text_unet_tensors(ours)
+    assert {k: config[k] for k in written} == written
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(tensors.pop(name), tensor)
+    assert not tensors
+
+
+@pytest.mark.parametrize("setting, value", [("use_linear_projection", True), ("attention_head_dim", [4, 8]),
+                                            ("in_channels", 9), ("time_cond_proj_dim", 8), ("norm_eps", 1e-6)])
+def test_stable_diffusion_settings_that_our_unet_lacks_are_refused_by_name(setting, value):
+    theirs, config = stable_diffusion_unet()
+    with pytest.raises(ValueError, match="out_channels" if setting == "in_channels" else setting):
+        convert.text_unet(theirs.state_dict(), config | {setting: value})
+
+
+def test_a_stable_diffusion_unet_that_is_not_whole_is_refused():
+    theirs, config = stable_diffusion_unet()
+    tensors = theirs.state_dict()
+    with pytest.raises(ValueError, match="attn2.to_k.weight"):
+        convert.text_unet({k: v for k, v in tensors.items() if "attn2.to_k" not in k}, config)
+    with pytest.raises(ValueError, match="beyond those of its U-Net"):
+        convert.text_unet(tensors | {"add_embedding.weight": torch.zeros(1)}, config)
+    with pytest.raises(ValueError, match="describes no UNet2DConditionModel"):
+        convert.text_unet(tensors, {"_class_name": "UNet2DConditionModel"})
 
 
 def test_our_own_files_are_written_again_bit_for_bit(tmp_path, capsys):

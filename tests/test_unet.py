@@ -182,6 +182,60 @@ def test_guidance_follows_its_convention(tiny):
     torch.testing.assert_close(guided_noise(tiny, x, t, c, 3.0), null + 3 * (cond - null), rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture
+def told_by_text():
+    return random_unet(image_size=8, in_channels=4, attention_at=(8,), num_classes=None, text_dim=12, heads=2)
+
+
+def test_text_reaches_every_pixel_token_by_token(told_by_text):
+    x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([5, 900]), torch.randn(2, 6, 12)
+    out = told_by_text(x, t, text)
+    changed = text.clone()
+    changed[:, 3] += 1  # one token of six
+    assert ((told_by_text(x, t, changed) - out).abs().amax(1) > 1e-7).all()
+    torch.testing.assert_close(told_by_text(x, t, text[:, torch.randperm(6)]), out, rtol=1e-4, atol=1e-5)  # a set to it
+    for wrong in (None, torch.tensor([1, 2])):
+        with pytest.raises((ValueError, RuntimeError, AttributeError, IndexError)):
+            told_by_text(x, t, wrong)
+    with pytest.raises(ValueError, match="not both"):
+        UNet(num_classes=10, text_dim=12)
+
+
+def test_stable_diffusions_time_embedding_is_cosines_then_sines():
+    e = sinusoidal_embedding(torch.tensor([3]), 8, stable_diffusion=True)[0]
+    w = [10000 ** (-i / 4) for i in range(4)]  # half_dim in the exponent
+    expected = [math.cos(3 * f) for f in w] + [math.sin(3 * f) for f in w]
+    torch.testing.assert_close(e, torch.tensor(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("conditioning", [{}, {"num_classes": None, "text_dim": 12, "heads": 2}])
+def test_gradient_checkpointing_changes_memory_not_gradients(conditioning):
+    unet = random_unet(image_size=8, attention_at=(8,), blocks=2, **conditioning)
+    x, t = torch.randn(2, 1, 8, 8, requires_grad=True), torch.tensor([5, 900])
+    c = torch.randn(2, 6, 12) if conditioning else torch.tensor([0, 2])
+    kept = []
+
+    def gradients():
+        count = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: count.append(x.numel()) or x, lambda x: x):
+            loss = unet(x, t, c).square().sum()
+        kept.append(sum(count))
+        return torch.autograd.grad(loss, [x, *unet.parameters()])
+
+    plain = gradients()
+    unet.gradient_checkpointing = True
+    for a, b in zip(plain, gradients()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert kept[1] < 0.6 * kept[0]  # numbers kept for the backward pass
+
+
+def test_guidance_with_text_starts_from_the_embedding_of_nothing(told_by_text):
+    x, t, text, nothing = torch.randn(2, 4, 8, 8), torch.tensor([5, 900]), torch.randn(2, 6, 12), torch.randn(1, 6, 12)
+    eps, null = told_by_text(x, t, text), told_by_text(x, t, nothing.repeat(2, 1, 1))
+    torch.testing.assert_close(guided_noise(told_by_text, x, t, text, 4.5, nothing), 4.5 * eps - 3.5 * null,
+                               rtol=1e-4, atol=1e-5)
+
+
 def test_noise_depends_on_seed_and_index_alone():
     whole, part = indexed_noise(7, range(5)), indexed_noise(7, [3])
     first, second = whole((1, 4, 4)), whole((1, 4, 4))
