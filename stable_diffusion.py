@@ -1,0 +1,585 @@
+"""What sd_sfd.py stands on: the parts of Stable Diffusion 1, and the folder that they come in.
+
+    from stable_diffusion import load_stable_diffusion
+    from unet import ddim_sample
+
+    sd = load_stable_diffusion("tiny-sd")                       # or a folder as the hub serves it
+    c, null = sd.embed(["a red seven", "a blue three"]), sd.embed([""])
+    latents = ddim_sample(sd.unet, sd.schedule, torch.randn(2, *sd.unet.image_shape), c, guidance=4.5, null=null,
+                          x0_clip=False)
+    images = sd.vae.decode(latents)
+
+A latent diffusion model (Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022) is a
+diffusion model of small pictures, the latents, with a translator at each end:
+
+    tokenizer       text -> L numbers, tokens: whole words where they are common, else pieces of words
+    text encoder    tokens -> one vector for each of the L places: CLIP's text transformer (Radford et al. 2021)
+    U-Net           predicts the noise in noised latents, and looks at these vectors: unet.py, as for every other method
+    schedule        how much noise each step adds: unet.py
+    autoencoder     image -> Gaussian over latents, latents -> image; 8 times smaller each way in Stable Diffusion
+
+Read in this order, which is the order of a prompt on its way to an image; then how a folder is read and written.
+Modules are nested and named as in the hub's files, so that no table has to translate (`text_model`, `to_out.0` and
+`quant_conv` are their words). The tests compare each part with diffusers and transformers, which this file does not
+need.
+"""
+
+import contextlib
+import dataclasses
+import json
+import operator
+import re
+import unicodedata
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors.torch import save_file
+from torch import nn
+
+from convert import OLD_DIFFUSERS, is_tensors, load, rename, supported_or_refused, text_unet, text_unet_tensors
+from run import write_atomically, write_json
+from unet import WEIGHTS, UNet, VPSchedule
+
+# ---------------------------------------------------------------------------- the tokenizer
+
+# Bytes as visible characters, in the order of CLIP's vocabulary: those that are visible in Latin-1, then the others,
+# which borrow the characters from 256 on.
+VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+BYTES = VISIBLE + [byte for byte in range(256) if byte not in VISIBLE]
+SYMBOL = {byte: chr(byte if place < len(VISIBLE) else 256 + place - len(VISIBLE)) for place, byte in enumerate(BYTES)}
+END_OF_WORD = "</w>"
+
+CONTRACTION = re.compile("'(?:s|t|re|ve|m|ll|d)")
+RUN = re.compile("L+|N|O+|S+")  # over the kinds of characters: a word, one digit, punctuation, whitespace
+
+
+def kind(character):
+    """L a letter, N a number, S whitespace, O any other: what Unicode calls it."""
+    category = unicodedata.category(character)[0]
+    space = character.isspace() and not "\x1c" <= character <= "\x1f"  # four that are whitespace to Python alone
+    return category if category in "LN" else "S" if space else "O"
+
+
+def words(text):
+    """Normalised and cut as CLIP does: "It's 42, Zoë!" -> it 's 4 2 , zoë !"""
+    text = "".join(c.lower() for c in unicodedata.normalize("NFC", text))  # letter by letter: no final sigma
+    kinds, start = "".join(map(kind, text)), 0
+    while start < len(text):
+        found = CONTRACTION.match(text, start) or RUN.match(kinds, start)
+        if kinds[start] != "S":
+            yield text[start:found.end()]
+        start = found.end()
+
+
+def byte_pairs(word, rank):
+    """Byte-pair encoding of a word: its bytes, joined pair by pair, the pair of the lowest rank first.
+
+    rank: (left, right) -> place in the list of merges. Returns the tokens as a list of str, the last with </w>."""
+    parts = [SYMBOL[byte] for byte in word.encode()]
+    parts[-1] += END_OF_WORD
+    while len(parts) > 1:
+        best = min(zip(parts, parts[1:]), key=lambda pair: rank.get(pair, len(rank)))
+        if best not in rank:
+            break
+        joined, i = [], 0
+        while i < len(parts):
+            step = 2 if (*parts[i:i + 2],) == best else 1
+            joined.append("".join(parts[i:i + step]))
+            i += step
+        parts = joined
+    return parts
+
+
+class Tokenizer:
+    """CLIP's tokenizer: list of str -> LongTensor (B, L), begin token, words, end token, then pad to L = max_length.
+
+    vocabulary: token -> id. merges: pairs of tokens, the most important first. begin, end, pad and unknown are tokens
+    of the vocabulary; written exactly so in a text, they are these tokens. A longer text loses its tail. ValueError
+    when a merge or one of the four is not in the vocabulary.
+    """
+
+    def __init__(self, vocabulary, merges, max_length, *, begin="<|startoftext|>", end="<|endoftext|>",
+                 pad="<|endoftext|>", unknown="<|endoftext|>"):
+        self.vocabulary, self.merges, self.max_length = vocabulary, [tuple(pair) for pair in merges], max_length
+        self.begin, self.end, self.pad, self.unknown = specials = begin, end, pad, unknown
+        for token in [*map("".join, self.merges), *specials]:
+            if token not in vocabulary:
+                raise ValueError(f"the vocabulary lacks the token {token!r}")
+        self.rank = {pair: place for place, pair in enumerate(self.merges)}
+        self.special = re.compile("(" + "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) + ")")
+
+    def encode(self, text):
+        """The ids of a str, as many as there are, without begin, end and pad."""
+        ids = []
+        for i, piece in enumerate(self.special.split(text)):
+            tokens = [piece] if i % 2 else [token for word in words(piece) for token in byte_pairs(word, self.rank)]
+            ids += [self.vocabulary.get(token, self.vocabulary[self.unknown]) for token in tokens]
+        return ids
+
+    def __call__(self, texts):
+        begin, end, pad = (self.vocabulary[token] for token in (self.begin, self.end, self.pad))
+        rows = torch.full((len(texts), self.max_length), pad)
+        for row, text in zip(rows, texts):
+            ids = [begin, *self.encode(text)[:self.max_length - 2], end]
+            row[:len(ids)] = torch.tensor(ids)
+        return rows
+
+
+def word_tokenizer(known, max_length):
+    """A Tokenizer that has a token for each word in `known` (list of str, in lower case), and spells out all others.
+
+    The vocabulary is in CLIP's order: the 256 bytes, the same at the end of a word, the merges, begin and end. A new
+    merge ranks behind all before it, so that words that are one token already stay one."""
+    rank = {}
+    for text in known:
+        for word in words(text):
+            while len(parts := byte_pairs(word, rank)) > 1:
+                rank[parts[0], parts[1]] = len(rank)
+    symbols = [SYMBOL[byte] for byte in BYTES]
+    tokens = [*symbols, *(symbol + END_OF_WORD for symbol in symbols), *map("".join, rank)]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]  # two merges may make the same token
+    return Tokenizer({token: i for i, token in enumerate(tokens)}, list(rank), max_length)
+
+
+# ---------------------------------------------------------------------------- the text encoder
+
+ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
+
+
+def settings(arguments):
+    """The arguments of a constructor, from its locals()."""
+    return {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
+
+
+class TextBlock(nn.Module):
+    """Each place looks at itself and those before it, then passes through two dense layers; both added to the input."""
+
+    def __init__(self, width, inner, heads, activation, eps):
+        super().__init__()
+        self.heads, self.activation = heads, ACTIVATIONS[activation]
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
+        self.self_attn = nn.ModuleDict({name: nn.Linear(width, width) for name in
+                                        ("q_proj", "k_proj", "v_proj", "out_proj")})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, inner), "fc2": nn.Linear(inner, width)})
+
+    def forward(self, x):
+        h = self.layer_norm1(x)  # (B, L, D)
+        q, k, v = (rearrange(self.self_attn[name](h), "b l (heads d) -> b heads l d", heads=self.heads)
+                   for name in ("q_proj", "k_proj", "v_proj"))
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, L, D / heads)
+        x = x + self.self_attn["out_proj"](rearrange(h, "b heads l d -> b l (heads d)"))
+        return x + self.mlp["fc2"](self.activation(self.mlp["fc1"](self.layer_norm2(x))))
+
+
+class TextEncoder(nn.Module):
+    """CLIP's text transformer. The arguments have the names and defaults of a CLIPTextModel's config.json; hidden_act
+    is quick_gelu or gelu. It is not told where a text ends: pads are tokens like others, as in Stable Diffusion."""
+
+    def __init__(self, *, vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12,
+                 num_attention_heads=8, max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5):
+        super().__init__()
+        self.config = settings(locals())
+        block = (hidden_size, intermediate_size, num_attention_heads, hidden_act, layer_norm_eps)
+        self.text_model = nn.ModuleDict({
+            "embeddings": nn.ModuleDict({"token_embedding": nn.Embedding(vocab_size, hidden_size),
+                                         "position_embedding": nn.Embedding(max_position_embeddings, hidden_size)}),
+            "encoder": nn.ModuleDict({"layers": nn.Sequential(*(TextBlock(*block) for _ in range(num_hidden_layers)))}),
+            "final_layer_norm": nn.LayerNorm(hidden_size, eps=layer_norm_eps)})
+        for embedding in self.text_model["embeddings"].values():
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, ids):
+        """ids (B, L) of tokens, L at most max_position_embeddings -> the last hidden state (B, L, hidden_size)."""
+        embeddings = self.text_model["embeddings"]
+        x = embeddings["token_embedding"](ids) + embeddings["position_embedding"].weight[:ids.shape[1]]
+        return self.text_model["final_layer_norm"](self.text_model["encoder"]["layers"](x))
+
+
+# ---------------------------------------------------------------------------- the autoencoder
+
+
+def named(**modules):
+    """Modules one behind the other, under these names."""
+    return nn.Sequential(OrderedDict(modules))
+
+
+class Residual(nn.Module):
+    """GroupNorm, SiLU, conv, twice; added to the input."""
+
+    def __init__(self, cin, cout, groups):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(groups, cin, eps=1e-6), nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, cout, eps=1e-6), nn.Conv2d(cout, cout, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class Attention(nn.Module):
+    """Every pixel looks at every other: one head of self-attention, added to the input."""
+
+    def __init__(self, width, groups):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.to_out = nn.Sequential(nn.Linear(width, width))
+
+    def forward(self, x):
+        h = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
+        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))  # (B, 1, H*W, C)
+        return x + rearrange(self.to_out(h), "b 1 (h w) c -> b c h w", h=x.shape[2])
+
+
+class Middle(nn.Module):
+    """At the lowest resolution: residual block, attention, residual block."""
+
+    def __init__(self, width, groups):
+        super().__init__()
+        self.resnets = nn.ModuleList([Residual(width, width, groups) for _ in range(2)])
+        self.attentions = nn.ModuleList([Attention(width, groups)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Half(nn.Module):
+    """Half the height and width, by a convolution."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Twice(nn.Module):
+    """Twice the height and width: each pixel four times, then a convolution."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Autoencoder(nn.Module):
+    """The KL autoencoder of Rombach et al. 2022. The arguments have the names and defaults of an AutoencoderKL's
+    config.json. Images are (B, in_channels, H, W) in [-1, 1]; latents (B, latent_channels, h, w), where h and w are
+    H and W divided by 2 ** (len(block_out_channels) - 1). The U-Net's latents are `scaling_factor` times what the
+    encoder gives, which brings them to about unit variance; here, latents are always scaled but where it says mean.
+    """
+
+    def __init__(self, *, in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(64,),
+                 layers_per_block=1, norm_num_groups=32, scaling_factor=0.18215, sample_size=32):
+        super().__init__()
+        self.config = settings(locals())
+        widths, groups, last = list(block_out_channels), norm_num_groups, len(block_out_channels) - 1
+
+        def residuals(cin, cout, count):
+            return nn.Sequential(*(Residual(cin if i == 0 else cout, cout, groups) for i in range(count)))
+
+        def resized(resize, width, level, end):
+            return nn.Sequential(resize(width)) if level != end else nn.Identity()
+
+        down = [named(resnets=residuals(cin, cout, layers_per_block), downsamplers=resized(Half, cout, level, last))
+                for level, (cin, cout) in enumerate(zip(widths[:1] + widths, widths))]
+        up = [named(resnets=residuals(cin, cout, layers_per_block + 1), upsamplers=resized(Twice, cout, level, 0))
+              for level, (cin, cout) in reversed(list(enumerate(zip(widths[1:] + widths[-1:], widths))))]
+        self.encoder = named(
+            conv_in=nn.Conv2d(in_channels, widths[0], 3, padding=1), down_blocks=nn.Sequential(*down),
+            mid_block=Middle(widths[-1], groups), conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6),
+            conv_act=nn.SiLU(), conv_out=nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1))
+        self.decoder = named(
+            conv_in=nn.Conv2d(latent_channels, widths[-1], 3, padding=1), mid_block=Middle(widths[-1], groups),
+            up_blocks=nn.Sequential(*up), conv_norm_out=nn.GroupNorm(groups, widths[0], eps=1e-6),
+            conv_act=nn.SiLU(), conv_out=nn.Conv2d(widths[0], out_channels, 3, padding=1))
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+
+    @property
+    def scaling_factor(self):
+        """One over the standard deviation of unscaled latents. To change it, change the config."""
+        return self.config["scaling_factor"]
+
+    def encode(self, x):
+        """Images x -> mean and logvar, two of (B, latent_channels, h, w): the Gaussian of the unscaled latents."""
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def latents(self, x, noise=None):
+        """Images x -> scaled latents: drawn with this standard Gaussian `noise`, of their shape, or the likeliest."""
+        mean, logvar = self.encode(x)
+        return self.scaling_factor * (mean if noise is None else mean + (logvar / 2).exp() * noise)
+
+    def decode(self, latents):
+        """Scaled latents -> images, near [-1, 1] but not clamped."""
+        return self.decoder(self.post_quant_conv(latents / self.scaling_factor))
+
+
+# ---------------------------------------------------------------------------- all of it
+
+
+@dataclasses.dataclass
+class StableDiffusion:
+    """The five parts, and `card`: facts about them. ValueError when they do not fit together."""
+
+    tokenizer: Tokenizer
+    text_encoder: TextEncoder
+    vae: Autoencoder
+    unet: UNet
+    schedule: VPSchedule
+    card: dict = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        text, tokens = self.text_encoder.config, 1 + max(self.tokenizer.vocabulary.values())
+        for what, one, other, fits in [
+                ("tokens in tokenizer and text encoder", tokens, text["vocab_size"], operator.le),
+                ("places in tokenizer and text encoder", self.tokenizer.max_length, text["max_position_embeddings"],
+                 operator.le),
+                ("width of a text in text encoder and U-Net", text["hidden_size"], self.unet.text_dim, operator.eq),
+                ("channels of latents in autoencoder and U-Net", self.vae.config["latent_channels"],
+                 self.unet.config["in_channels"], operator.eq)]:
+            if not fits(one, other):
+                raise ValueError(f"its parts do not fit together: {what}: {one} and {other}")
+
+    def embed(self, prompts):
+        """list of str -> text embeddings (B, L, D), on the text encoder's device; under torch.no_grad(), unless the
+        text encoder is in training."""
+        return self.text_encoder(self.tokenizer(prompts).to(next(self.text_encoder.parameters()).device))
+
+    def to(self, device):
+        """Moves all parts to a device."""
+        for part in (self.text_encoder, self.vae, self.unet, self.schedule):
+            part.to(device)
+        return self
+
+
+# ---------------------------------------------------------------------------- reading a folder
+
+# Of config.json: what the libraries take when it is silent, and what the code above can be.
+TEXT_ENCODER = {"model_type": ("clip_text_model", ["clip_text_model"]), "use_attention_mask": (False, [False, None]),
+                "hidden_act": ("quick_gelu", list(ACTIVATIONS))}
+AUTOENCODER = {"_class_name": (None, ["AutoencoderKL"]), "act_fn": ("silu", ["silu", "swish"]),
+               "shift_factor": (None, [None]), "latents_mean": (None, [None]), "latents_std": (None, [None]),
+               "use_quant_conv": (True, [True]), "use_post_quant_conv": (True, [True]),
+               "mid_block_add_attention": (True, [True])}
+SCHEDULER = {"prediction_type": ("epsilon", ["epsilon"]), "beta_schedule": ("linear", ["linear", "scaled_linear"]),
+             "trained_betas": (None, [None]), "rescale_betas_zero_snr": (False, [False])}
+SPECIALS = {"begin": "bos_token", "end": "eos_token", "pad": "pad_token", "unknown": "unk_token"}
+
+
+def level_kinds(config):
+    """More of the autoencoder's rules: its levels are all of one kind."""
+    levels = len(config.get("block_out_channels", [64]))
+    return {"down_block_types": (["DownEncoderBlock2D"], [["DownEncoderBlock2D"] * levels]),
+            "up_block_types": (["UpDecoderBlock2D"], [["UpDecoderBlock2D"] * levels])}
+
+
+@contextlib.contextmanager
+def about(file):
+    """Whatever is wrong with the content of this file becomes a ValueError that names it, in one line."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{file}: {' '.join(what.split())}") from None
+
+
+def read_json(path):
+    """The dict in a JSON file. FileNotFoundError when there is no file, ValueError when there is no dict in it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: a Stable Diffusion folder, as the hub serves it, holds scheduler, "
+                                "tokenizer, text_encoder, vae and unet, each with its configuration")
+    with about(path):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not settings by their names")
+    return content
+
+
+def read_weights(part, stem):
+    """(name -> tensor, the file they are from) of the folder `part`, from the most precise file that it has."""
+    pickle = stem.replace("model", "pytorch_model") if stem == "model" else stem
+    names = [f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{pickle}.bin",
+             f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json", f"{pickle}.fp16.bin"]
+    file = next((part / name for name in names if (part / name).is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"{part / names[0]} is missing, and so are its other forms: {', '.join(names[1:])}")
+    shards = [file]
+    if file.suffix == ".json":
+        index = read_json(file)
+        with about(file):
+            shards = [part / name for name in sorted(set(index["weight_map"].values()))]
+    tensors = {}
+    for shard in shards:
+        if not shard.is_file():
+            raise FileNotFoundError(f"{shard} is missing: {file.name} says that it holds some of the weights")
+        with about(shard):
+            content = load(shard)
+            if not is_tensors(content):
+                raise ValueError("it holds no tensors by their names")
+            tensors |= content
+    return tensors, file
+
+
+def read_network(network, part, stem, rules, names):
+    """A network of class `network` from the folder `part`. rules: config.json's content -> what it may say, as in
+    `supported_or_refused`; names: a table, old names -> those of today, as in `rename`."""
+    config = read_json(part / "config.json")
+    with about(part / "config.json"):
+        supported_or_refused(config, rules(config))
+        with torch.device("meta"):  # shapes without memory
+            network = network(**{name: config.get(name, default)
+                                 for name, default in network.__init__.__kwdefaults__.items()})
+    tensors, file = read_weights(part, stem)
+    with about(file):
+        tensors = {name: tensor.float() for name, tensor in rename(tensors, names).items()
+                   if not name.endswith("position_ids")}  # 0, 1, 2, ... in files of before 2023
+        needed = network.state_dict()
+        for fault, culprits in [
+                ("lacks the tensor", needed.keys() - tensors.keys()),
+                ("holds, beyond what its config.json asks for, the tensor", tensors.keys() - needed.keys()),
+                ("has, in another shape than its config.json says, the tensor",
+                 {name for name in needed.keys() & tensors.keys() if needed[name].shape != tensors[name].shape}),
+                ("has, with values that are not finite, the tensor",
+                 {name for name, tensor in tensors.items() if not tensor.isfinite().all()})]:
+            if culprits:
+                more = f" and {len(culprits) - 1} more" if len(culprits) > 1 else ""
+                raise ValueError(f"it {fault} {min(culprits)}{more}")
+        network.load_state_dict(tensors, assign=True)
+    return network.eval()
+
+
+def read_unet(part):
+    """The U-Net from its folder; convert.py knows its names."""
+    config = read_json(part / "config.json")
+    tensors, file = read_weights(part, "diffusion_pytorch_model")
+    with about(f"{file}, with its config.json"):
+        return text_unet(tensors, config).eval()
+
+
+def read_schedule(file):
+    """The VPSchedule of a scheduler_config.json. Which sampler it names (PNDM, DDIM, ...) is not the model's matter."""
+    config = read_json(file)
+    with about(file):
+        supported_or_refused(config, SCHEDULER)
+        kind = getattr(VPSchedule, config.get("beta_schedule", "linear"))
+        return kind(*(config.get(name, default) for name, default in
+                      (("num_train_timesteps", 1000), ("beta_start", 1e-4), ("beta_end", 0.02))))
+
+
+def read_tokenizer(part):
+    """The Tokenizer of vocab.json and merges.txt, or of the one tokenizer.json that newer libraries write instead."""
+    config = read_json(part / "tokenizer_config.json")
+    if (part / "special_tokens_map.json").is_file():
+        config |= read_json(part / "special_tokens_map.json")
+    with about(part / "tokenizer_config.json"):
+        max_length = config["model_max_length"]
+        specials = {ours: config[theirs] for ours, theirs in SPECIALS.items() if config.get(theirs)}
+        specials = {ours: token["content"] if isinstance(token, dict) else token for ours, token in specials.items()}
+    file, merges_file = part / "vocab.json", part / "merges.txt"
+    if (part / "tokenizer.json").is_file() and not file.is_file():
+        file = part / "tokenizer.json"
+    elif not merges_file.is_file():
+        raise FileNotFoundError(f"{merges_file} is missing: vocab.json says which tokens there are, but not how to cut")
+    content = read_json(file)
+    with about(file):
+        if file.name == "vocab.json":
+            lines = merges_file.read_text(encoding="utf-8").split("\n")
+            vocabulary, merges = content, [line for line in lines if line and not line.startswith("#version")]
+        else:
+            vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
+        merges = [pair.split() if isinstance(pair, str) else pair for pair in merges]
+        return Tokenizer(vocabulary, merges, max_length, **specials)
+
+
+def load_stable_diffusion(folder="tiny-sd"):
+    """The StableDiffusion in a folder as the hub serves it, or that ships under this name in weights/. All parts are in
+    float32, on the CPU, in evaluation mode.
+
+    ValueError or FileNotFoundError, one line that names the file, when a part is missing, damaged, or none that the
+    code here can be."""
+    root = Path(folder) if Path(folder).is_dir() else WEIGHTS / folder
+    if not root.is_dir():
+        shipped = ", ".join(sorted(file.parent.name for file in WEIGHTS.glob("*/model_index.json"))) or "none"
+        raise FileNotFoundError(f"no folder {str(folder)!r}: give one as the hub serves it, or a shipped name "
+                                f"({shipped})")
+    schedule = read_schedule(root / "scheduler" / "scheduler_config.json")  # what is quickly read, and refused, first
+    tokenizer = read_tokenizer(root / "tokenizer")
+    text_encoder = read_network(TextEncoder, root / "text_encoder", "model", lambda config: TEXT_ENCODER,
+                                [(r"^(?!text_model\.)", "text_model.")])  # newer libraries leave it out
+    vae = read_network(Autoencoder, root / "vae", "diffusion_pytorch_model",
+                       lambda config: AUTOENCODER | level_kinds(config), OLD_DIFFUSERS)
+    unet = read_unet(root / "unet")
+    card = read_json(root / "card.json") if (root / "card.json").is_file() else {}
+    with about(root):
+        return StableDiffusion(tokenizer, text_encoder, vae, unet, schedule, card)
+
+
+# ---------------------------------------------------------------------------- writing a folder
+
+
+def write_network(part, stem, tensors, config, dtype):
+    part.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    write_atomically(part / f"{stem}.safetensors", lambda file: save_file(tensors, file, {"format": "pt"}))
+    write_json(part / "config.json", config)
+
+
+def write_tokenizer(part, tokenizer):
+    part.mkdir(parents=True, exist_ok=True)
+    specials = {theirs: getattr(tokenizer, ours) for ours, theirs in SPECIALS.items()}
+    merges = "".join(f"{left} {right}\n" for left, right in tokenizer.merges)
+    write_json(part / "vocab.json", tokenizer.vocabulary)
+    write_atomically(part / "merges.txt",
+                     lambda file: Path(file).write_text(f"#version: 0.2\n{merges}", encoding="utf-8"))
+    write_json(part / "special_tokens_map.json", specials)
+    write_json(part / "tokenizer_config.json",
+               {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.max_length, **specials})
+
+
+def schedule_config(schedule):
+    """What scheduler_config.json says of a VPSchedule. ValueError if it is neither linear nor scaled linear."""
+    ends = {name: float(f"{schedule.betas[i]:.6g}") for name, i in (("beta_start", 0), ("beta_end", -1))}
+    for kind in ("linear", "scaled_linear"):
+        if torch.allclose(getattr(VPSchedule, kind)(schedule.T, **ends).betas, schedule.betas.cpu(), rtol=1e-4, atol=0):
+            return {"num_train_timesteps": schedule.T, "beta_schedule": kind, **ends, "prediction_type": "epsilon"}
+    raise ValueError("the schedule is neither linear nor scaled linear: scheduler_config.json has no word for it")
+
+
+def save_stable_diffusion(sd, folder, dtype=torch.float32, **card):
+    """Write `sd` in the hub's layout: `load_stable_diffusion` reads it, and so does diffusers' StableDiffusionPipeline.
+
+    dtype: torch.float32, or torch.float16 for half the size. card: any facts that JSON can hold, for card.json.
+
+    From the same latents, the pipeline draws the picture of `ddim_sample(..., x0_clip=False)` once its sampler is
+    `DDIMScheduler.from_config(pipeline.scheduler.config, steps_offset=0)`: by itself it takes every step one later."""
+    root, vae = Path(folder), sd.vae.config
+    write_tokenizer(root / "tokenizer", sd.tokenizer)
+    (root / "scheduler").mkdir(exist_ok=True)
+    write_json(root / "scheduler" / "scheduler_config.json",
+               {"_class_name": "DDIMScheduler", **schedule_config(sd.schedule), "clip_sample": False,
+                "set_alpha_to_one": True, "steps_offset": 1, "timestep_spacing": "leading"})
+    ids = {f"{SPECIALS[name]}_id": sd.tokenizer.vocabulary[getattr(sd.tokenizer, name)]
+           for name in ("begin", "end", "pad")}
+    write_network(root / "text_encoder", "model", sd.text_encoder.state_dict(),
+                  {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "torch_dtype": "float32",
+                   **sd.text_encoder.config, **ids}, dtype)
+    write_network(root / "vae", "diffusion_pytorch_model", sd.vae.state_dict(),
+                  {"_class_name": "AutoencoderKL", **vae,
+                   **{name: supported[0] for name, (_, supported) in level_kinds(vae).items()}}, dtype)
+    write_network(root / "unet", "diffusion_pytorch_model", *text_unet_tensors(sd.unet), dtype)
+    write_json(root / "card.json", card)
+    write_json(root / "model_index.json", {
+        "_class_name": "StableDiffusionPipeline", "requires_safety_checker": False,
+        "feature_extractor": [None, None], "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"], "tokenizer": ["transformers", "CLIPTokenizer"],
+        "text_encoder": ["transformers", "CLIPTextModel"], "vae": ["diffusers", "AutoencoderKL"],
+        "unet": ["diffusers", "UNet2DConditionModel"]})
