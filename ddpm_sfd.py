@@ -43,8 +43,10 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from convert import load_teacher
-from eval import Judge, balanced_labels, evaluate, generate, image_grid, parse_classes, table
+from eval import evaluate, parse_classes, table
+from features import Judge
 from run import Run, option, parse, refusing
+from samples import balanced_labels, generate, image_grid
 from unet import VPSchedule, ddim_sample, load_unet, save_unet
 
 # ---------------------------------------------------------------------------- config

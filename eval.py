@@ -28,22 +28,16 @@ only with each other: each report has the teacher's own and that of real test im
 weigh the same. Real and generated images alike are rounded to 8 bits before the classifier sees them.
 """
 
-import hashlib
-import math
-import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-import matplotlib.figure
-import matplotlib.patches
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from torch import nn
-from tqdm import tqdm
 
-from run import choose_amp, choose_device, commit, machine, option, parse, refuse, refusing, write_json
-from unet import VPSchedule, ancestral_sample, ddim_sample, indexed_noise, load_unet, read_tensors, weights_path
+from data import mnist
+from features import Judge, load_classifier, look  # noqa: F401 (for the notebooks, too)
+from run import checksum, choose_amp, choose_device, commit, machine, option, parse, refuse, refusing, write_json
+from samples import balanced_labels, generate, image_grid, sampler_of, unconditional_sampler  # noqa: F401 (the same)
+from unet import VPSchedule, load_unet
 
 # ---------------------------------------------------------------------------- from labels
 
@@ -167,129 +161,7 @@ def precision_recall(real, generated, k=3):
     return share_inside(generated, real), share_inside(real, generated)
 
 
-# ---------------------------------------------------------------------------- the classifier and its statistics
-
-
-class Classifier(nn.Module):
-    """The MNIST classifier behind the metrics: six convolutions, an average over the image, one dense layer.
-
-    forward: images (B, 1, 28, 28) in [-1, 1] -> logits (B, 10); `features` -> the penultimate layer, (B, 128).
-    """
-
-    def __init__(self, widths=(32, 32, 64, 64, 128, 128), classes=10):
-        super().__init__()
-        self.config = {"widths": widths, "classes": classes}
-        layers, cin = [], 1
-        for i, cout in enumerate(widths):
-            stride = 2 if i in (1, 3) else 1  # 28, 14, 14, 7, 7, 7 px
-            layers += [nn.Conv2d(cin, cout, 3, stride, 1, bias=False), nn.BatchNorm2d(cout), nn.ReLU()]
-            cin = cout
-        self.body, self.head = nn.Sequential(*layers), nn.Linear(cin, classes)
-
-    def features(self, images):
-        return self.body(images).mean(dim=(2, 3))
-
-    def forward(self, images):
-        return self.head(self.features(images))
-
-
-def checksum(path):
-    """SHA-256 of a file, as hexadecimal digits."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def load_classifier(name="mnist-classifier"):
-    """The classifier in evaluation mode: a shipped name or a .safetensors path. ValueError if it is none."""
-    tensors, facts = read_tensors(name, "classifier")
-    classifier = Classifier(**facts["config"])
-    classifier.load_state_dict(tensors)
-    return classifier.eval()
-
-
-def load_statistics(name="mnist-statistics"):
-    """Per-class feature moments of real images and of the teachers', as made by `pretrain.py mnist-statistics`.
-
-    {"train" | "test" | "teacher" | "unconditional": (means (10, D), covariances (10, D, D), counts (10,))}, where the
-    classes of "unconditional" are what the classifier sees; and the facts about them.
-    """
-    tensors, facts = read_tensors(name, "statistics")
-    return {
-        s: tuple(tensors[f"{s}.{part}"].double() for part in ("means", "covariances", "counts"))
-        for s in ("train", "test", "teacher", "unconditional")
-    }, facts
-
-
-def open_dataset(name, folder, **split):
-    """A data set of torchvision's, in `folder` or downloaded there; OSError when it is not there and cannot be had."""
-    import torchvision.datasets  # here alone: nothing else in this file opens a data set
-
-    dataset = getattr(torchvision.datasets, name)
-    try:
-        return dataset(folder, **split, download=False)
-    except RuntimeError:  # torchvision's word for "not there"
-        try:
-            return dataset(folder, **split, download=True)
-        except (RuntimeError, OSError) as error:
-            raise OSError(f"{name} does not lie in {str(folder)!r} and could not be downloaded ({error})") from None
-
-
-def mnist(folder, train):
-    """Real images (N, 1, 28, 28) in [-1, 1], float32, and labels (N,), by torchvision."""
-    data = open_dataset("MNIST", folder, train=train)
-    return data.data[:, None] / 127.5 - 1, data.targets
-
-
-def cifar10(folder):
-    """Training images (50000, 3, 32, 32) in [-1, 1], float32, and labels (50000,), by torchvision."""
-    data = open_dataset("CIFAR10", folder, train=True)
-    return torch.from_numpy(data.data).permute(0, 3, 1, 2) / 127.5 - 1, torch.tensor(data.targets)
-
-
-def stl10(folder):
-    """Labelled training images (5000, 3, 64, 64), shrunk from 96 px, in [-1, 1], and labels (5000,), by torchvision."""
-    data = open_dataset("STL10", folder, split="train")
-    images = F.interpolate(torch.from_numpy(data.data) / 127.5 - 1, size=64, mode="bilinear", antialias=True)
-    return images.clamp(-1, 1), torch.from_numpy(data.labels).long()
-
-
 # ---------------------------------------------------------------------------- generating and judging
-
-
-@torch.no_grad()
-def look(classifier, images, device="cpu", batch=500):
-    """What the classifier makes of images (N, 1, 28, 28): features (N, D), class probabilities (N, K), on the CPU."""
-    features = torch.cat([classifier.features(x.to(device)) for x in images.split(batch)])
-    return features.cpu(), classifier.head(features).softmax(1).cpu()
-
-
-class Judge:
-    """Looks at images of a network (N, 1, 28, 28) on behalf of the metrics: a classifier, and what to compare with.
-
-    unet: the network to be judged, of ten classes or unconditional; ValueError when it draws something that the
-    classifier cannot read, or when a file is not what it should be.
-    """
-
-    def __init__(self, unet, classifier="mnist-classifier", statistics="mnist-statistics"):
-        if unet.image_shape != (1, 28, 28) or unet.num_classes not in (None, 10):
-            raise ValueError(f"{unet.path} draws {unet.num_classes or 'unknown'} classes of {unet.image_shape}; the "
-                             "classifier reads 10 of shape (1, 28, 28), so give --classifier none")
-        self.device = next(unet.parameters()).device
-        self.classifier = load_classifier(classifier).to(self.device)
-        self.statistics, self.facts = load_statistics(statistics)
-        if self.facts["classifier_sha256"] != checksum(weights_path(classifier)):
-            raise ValueError(f"the statistics {statistics!r} were not made with {classifier!r}; see pretrain.py")
-
-    def to(self, device):
-        self.device, self.classifier = device, self.classifier.to(device)
-        return self
-
-    def __call__(self, images):
-        return look(self.classifier, images, self.device)
-
-    @torch.no_grad()
-    def live_ua(self, images, labels):
-        """UA of a handful of images (B, 1, 28, 28) that were asked for as labels (B,): for a progress bar."""
-        return (self.classifier(images.float().clamp(-1, 1)).argmax(1) != labels).float().mean()
 
 
 def check_forget(forget, classes=10):
@@ -298,31 +170,6 @@ def check_forget(forget, classes=10):
         raise ValueError(f"--forget {max(forget)}: the classes are 0..{classes - 1}")
     if len(forget) == classes:
         raise ValueError("--forget names every class; leave at least one to retain")
-
-
-def balanced_labels(classes, per_class):
-    """0, 1, .., K-1, 0, 1, ..: any first part of it is balanced too. (classes * per_class,)"""
-    return torch.arange(classes).repeat(per_class)
-
-
-@torch.no_grad()
-def generate(sample, labels, shape, seed, device, batch=250, bar=None):
-    """Images (N, *shape) in [-1, 1], on the CPU, rounded to 8 bits, one for each label (N,); and the seconds they took.
-
-    labels: (N,), or a number N of unconditional images, for which `sample` is given c = None.
-    sample: function (z, c, noise) -> images. Image i starts from noise that depends on (seed, i) alone, and `noise` is
-    where a stochastic sampler draws more of it; so two networks judged under the same seed are paired.
-    """
-    images, seconds = [], 0.0
-    N = labels if isinstance(labels, int) else len(labels)
-    for index in tqdm(torch.arange(N).split(batch), desc=bar, leave=False, disable=bar is None):
-        noise = indexed_noise(seed, index)
-        z, c = noise(shape).to(device), None if isinstance(labels, int) else labels[index].to(device)
-        clock = time.perf_counter()
-        x = sample(z, c, noise).clamp(-1, 1).float().cpu()
-        seconds += time.perf_counter() - clock
-        images.append(((x + 1) * 127.5).round() / 127.5 - 1)
-    return torch.cat(images), seconds
 
 
 def class_moments(features, labels, classes=10):
@@ -397,17 +244,6 @@ def evaluate(sample, nfe, judge, unet, forget, per_class, seed, teacher_sample=N
                      "preprocessing": "clipped to [-1, 1], rounded to 8 bits, real and generated alike"}
 
 
-def unconditional_sampler(unet, schedule, dtype=None):
-    """The sampler behind PUL and u-FID, for teacher and unlearned network alike: (z, c, noise) -> images, by 20 DDIM
-    steps, under autocast to `dtype` if that is given (half the time on CPUs that have bfloat16)."""
-
-    def sample(z, c=None, noise=None):
-        with torch.autocast(z.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            return ddim_sample(unet, schedule, z, steps=20)
-
-    return sample
-
-
 def evaluate_unconditional(sample, judge, forget, n=2000, teacher=None, teacher_sample=None, dtype=None, seed=0):
     """Draw `n` images without labels with `sample` (z, c, noise) -> images, and compare them with the teacher's from
     the same noise: PUL, u-FID and the classifier's confidence, as a dictionary for metrics.json.
@@ -468,29 +304,6 @@ def evaluate_unconditional(sample, judge, forget, n=2000, teacher=None, teacher_
 
 
 # ---------------------------------------------------------------------------- for people
-
-
-def image_grid(images, labels, path, title, forget=(), seen=None):
-    """A picture. With labels (N,), balanced: one row a class, forgotten ones in red. Without (None): a square, in which
-    images that are `seen` (N,) as a class in `forget` have a red frame. images (N, C, H, W) in [-1, 1]."""
-    side = math.isqrt(len(images))
-    rows = list(images[: side**2].split(side)) if labels is None else [images[labels == k] for k in labels.unique()]
-    canvas = rearrange(rows, "k n c h w -> (k h) (n w) c").add(1).div(2).clamp(0, 1)
-    figure = matplotlib.figure.Figure(figsize=(5, 5.3 * len(rows) / len(rows[0])), layout="constrained")
-    axes = figure.add_subplot(title=title, xticks=[], yticks=[])
-    axes.imshow(canvas.squeeze(-1), cmap="gray", vmin=0, vmax=1)
-    height, width = images.shape[2:]
-    if labels is not None:
-        names = labels.unique().tolist()
-        axes.set_yticks([height * (i + 0.5) for i in range(len(rows))], [f"{k}" for k in names])
-        for k, tick in zip(names, axes.get_yticklabels()):
-            tick.set(color="crimson" if k in forget else "black", fontweight="bold" if k in forget else "normal")
-    elif seen is not None:
-        for i in torch.isin(seen[: side**2], as_classes(forget)).nonzero().flatten().tolist():
-            corner = (width * (i % side) - 0.5, height * (i // side) - 0.5)
-            axes.add_patch(matplotlib.patches.Rectangle(corner, width, height, fill=False, edgecolor="crimson"))
-    axes.tick_params(length=0)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 def table(result):
@@ -554,21 +367,6 @@ class Config:
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
     seed: int = option(0, "seed of the noise", low=0)
     out: str = option("", "JSON file to write the numbers to")
-
-
-def sampler_of(unet, schedule, kind, steps=50, eta=0.0, guidance=1.0):
-    """(function (z, c, noise) -> images, network calls an image) for the kinds one-step, ddim and ancestral."""
-    calls = 1 if guidance == 1 else 2
-
-    def one_step(z, c, noise):
-        t = torch.full((len(z),), unet.card["t_init"], device=z.device)
-        return schedule.predict_x0(schedule.s(t) * z, unet(schedule.s(t) * z, t, c), t)  # (S1), see ddpm_sfd.py
-
-    if kind == "one-step":
-        return one_step, 1
-    if kind == "ancestral":
-        return lambda z, c, noise: ancestral_sample(unet, schedule, z, c, guidance, noise=noise), calls * schedule.T
-    return lambda z, c, noise: ddim_sample(unet, schedule, z, c, steps, eta, guidance, noise=noise), calls * steps
 
 
 def show(config, result, forget, kind, device):

@@ -23,26 +23,19 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from convert import load_teacher
+from data import cifar10, mnist, stl10
 from eval import (
-    Classifier,
-    balanced_labels,
-    checksum,
-    cifar10,
     class_accuracies,
     class_moments,
     frechet_distance,
-    generate,
     inception_score,
-    load_classifier,
-    look,
     mean_confidence,
-    mnist,
     pool,
     precision_recall,
-    stl10,
-    unconditional_sampler,
 )
-from run import Run, commit, machine, option, parse, refusing, write_json
+from features import Classifier, load_classifier, look
+from run import Run, checksum, commit, machine, option, parse, refusing, write_json
+from samples import balanced_labels, generate, unconditional_sampler
 from unet import UNet, VPSchedule, ddim_sample, load_unet, save_unet, weights_path, write_tensors
 from vdu import posterior
 

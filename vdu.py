@@ -47,20 +47,11 @@ from torchvision.io import ImageReadMode, read_image
 from torchvision.transforms.functional import center_crop, resize
 
 from convert import load_teacher
-from eval import (
-    Judge,
-    check_forget,
-    checksum,
-    cifar10,
-    evaluate_unconditional,
-    generate,
-    image_grid,
-    mnist,
-    parse_classes,
-    table,
-    unconditional_sampler,
-)
-from run import Run, option, parse, refusing
+from data import cifar10, mnist
+from eval import check_forget, evaluate_unconditional, parse_classes, table
+from features import Judge
+from run import Run, checksum, option, parse, refusing
+from samples import generate, image_grid, unconditional_sampler
 from unet import VPSchedule, ddim_sample, load_unet, read_tensors, save_unet
 
 # ---------------------------------------------------------------------------- config

@@ -11,8 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from eval import balanced_labels, generate, sampler_of  # noqa: E402
 from run import choose_device, commit, machine, refusing, write_json  # noqa: E402
+from samples import balanced_labels, generate, sampler_of  # noqa: E402
 from unet import VPSchedule, load_unet  # noqa: E402
 
 

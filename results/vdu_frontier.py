@@ -20,8 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 OUT = ROOT / "results" / "vdu-frontier"
 
-from eval import Judge, evaluate_unconditional, mnist, unconditional_sampler  # noqa: E402
+from data import mnist  # noqa: E402
+from eval import evaluate_unconditional  # noqa: E402
+from features import Judge  # noqa: E402
 from run import choose_amp, commit, machine  # noqa: E402
+from samples import unconditional_sampler  # noqa: E402
 from unet import VPSchedule, load_unet  # noqa: E402
 
 

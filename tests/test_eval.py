@@ -7,6 +7,9 @@ import torch
 from conftest import random_unet
 
 import eval as metrics
+from features import Judge, load_classifier
+from run import checksum
+from samples import balanced_labels, generate, sampler_of
 from unet import VPSchedule
 
 
@@ -116,7 +119,7 @@ def drawn(classes):
 
 
 def test_unconditional_report_counts_the_forgotten_class_before_and_after(monkeypatch):
-    before, _ = metrics.generate(drawn(range(10)), 500, (1, 28, 28), 0, "cpu", batch=50)
+    before, _ = generate(drawn(range(10)), 500, (1, 28, 28), 0, "cpu", batch=50)
     judge, teacher = Stand(before, 500), type("Net", (), {"path": "teacher"})
     monkeypatch.setattr(metrics, "checksum", lambda path: path)
     same = metrics.evaluate_unconditional(drawn(range(10)), judge, [3], 500, teacher)
@@ -185,7 +188,7 @@ def test_entropy_in_nats():
 
 def test_report_leaves_the_forgotten_class_out_of_fid_and_accuracy():
     g = torch.Generator().manual_seed(0)
-    labels = metrics.balanced_labels(3, 40)
+    labels = balanced_labels(3, 40)
     features = torch.randn(120, 5, generator=g) + labels[:, None]
     statistics = dict.fromkeys(("train", "test", "teacher"), metrics.class_moments(features, labels))
     probabilities = torch.nn.functional.one_hot(labels, 3).float()
@@ -200,10 +203,10 @@ def test_report_leaves_the_forgotten_class_out_of_fid_and_accuracy():
 
 def test_images_do_not_depend_on_the_batch_size_and_are_eight_bit():
     unet, schedule = random_unet(), VPSchedule.linear()
-    sample = metrics.sampler_of(unet, schedule, "ddim", steps=3, eta=1.0)[0]
-    labels = metrics.balanced_labels(10, 1)
-    a, _ = metrics.generate(sample, labels, unet.image_shape, seed=5, device="cpu", batch=10)
-    b, _ = metrics.generate(sample, labels, unet.image_shape, seed=5, device="cpu", batch=3)
+    sample = sampler_of(unet, schedule, "ddim", steps=3, eta=1.0)[0]
+    labels = balanced_labels(10, 1)
+    a, _ = generate(sample, labels, unet.image_shape, seed=5, device="cpu", batch=10)
+    b, _ = generate(sample, labels, unet.image_shape, seed=5, device="cpu", batch=3)
     assert (a - b).abs().max() <= 1.01 / 127.5  # the same up to one rounding
     grid = (a + 1) * 127.5
     assert (grid - grid.round()).abs().max() < 1e-3 and a.abs().max() <= 1
@@ -213,26 +216,26 @@ def test_the_shipped_classifier_and_statistics_fit_the_shipped_teacher():
     from unet import load_unet, weights_path
 
     teacher = load_unet("mnist")
-    judge = metrics.Judge(teacher)
-    assert judge.facts["teacher"]["sha256"] == metrics.checksum(weights_path("mnist"))
-    images, _ = metrics.generate(
-        metrics.sampler_of(teacher, VPSchedule.linear(), "ddim", steps=20)[0],
-        metrics.balanced_labels(10, 4),
+    judge = Judge(teacher)
+    assert judge.facts["teacher"]["sha256"] == checksum(weights_path("mnist"))
+    images, _ = generate(
+        sampler_of(teacher, VPSchedule.linear(), "ddim", steps=20)[0],
+        balanced_labels(10, 4),
         teacher.image_shape,
         seed=0,
         device="cpu",
     )
     _, probabilities = judge(images)
-    assert (probabilities.argmax(1) == metrics.balanced_labels(10, 4)).double().mean() > 0.9  # 40 images, 98% expected
+    assert (probabilities.argmax(1) == balanced_labels(10, 4)).double().mean() > 0.9  # 40 images, 98% expected
 
 
 def test_wrong_kinds_of_file_and_network_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no minUnlearn classifier"):
-        metrics.load_classifier("mnist")
+        load_classifier("mnist")
     unet = random_unet(in_channels=3)
     unet.path = "x.safetensors"
     with pytest.raises(ValueError, match="--classifier none"):
-        metrics.Judge(unet)
+        Judge(unet)
 
 
 @pytest.mark.parametrize("text, classes", [("0", [0]), ("3,1", [1, 3]), ("1 3 3", [1, 3]), ("none", [])])

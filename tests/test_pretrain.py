@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import ROOT, python, random_unet
 
-import eval as metrics
 import pretrain
+from data import mnist
+from features import load_classifier, load_statistics, look
 from pretrain import jitter, without_classes
-from run import Run
+from run import Run, checksum
 from unet import load_unet
 from vdu import read_posterior
 
@@ -34,7 +35,7 @@ def data(tmp_path):
 
 
 def test_mnist_is_read_into_minus_one_to_one(data):
-    images, labels = metrics.mnist(str(data), train=True)
+    images, labels = mnist(str(data), train=True)
     assert images.shape == (40, 1, 28, 28) and images.min() == -1 and images.max() == 1
     assert images[3, 0, 0, 10] == 1 and labels[3] == 3  # the bar of class 3
 
@@ -58,7 +59,7 @@ def test_the_teacher_command_leaves_weights_and_a_card(tmp_path, data):
     assert whole.returncode == 0, whole.stderr
     path = tmp_path / "whole/mnist.safetensors"
     card = json.loads(path.with_suffix(".json").read_text())
-    assert card["sha256"] == metrics.checksum(path) and card["bytes"] == path.stat().st_size and card["steps"] == 4
+    assert card["sha256"] == checksum(path) and card["bytes"] == path.stat().st_size and card["steps"] == 4
     assert str(tmp_path) not in path.with_suffix(".json").read_text()
     unet = load_unet(path)
     assert (
@@ -101,7 +102,7 @@ def test_the_posterior_is_of_networks_trained_apart_from_a_common_beginning(tmp_
     torch.testing.assert_close(variance[name], (a[name] - b[name]).square() / 2, rtol=1e-3, atol=1e-12)
     for kind in ("", "-posterior"):
         path = tmp_path / f"whole/mnist-unconditional{kind}.safetensors"
-        assert json.loads(path.with_suffix(".json").read_text())["sha256"] == metrics.checksum(path)
+        assert json.loads(path.with_suffix(".json").read_text())["sha256"] == checksum(path)
 
     calls = []
 
@@ -127,16 +128,16 @@ def test_the_classifier_command_learns(tmp_path, data):
     assert process.returncode == 0, process.stderr
     card = json.loads((tmp_path / "out/mnist-classifier.json").read_text())
     assert card["scores"]["test_images"] == 40 and card["scores"]["test_accuracy"] > 0.5  # chance is 0.1
-    assert metrics.load_classifier(tmp_path / "out/mnist-classifier.safetensors").config["classes"] == 10
+    assert load_classifier(tmp_path / "out/mnist-classifier.safetensors").config["classes"] == 10
 
 
 @pytest.mark.slow
 def test_the_statistics_command_describes_the_real_images_and_the_teacher(tmp_path, data):
     process = python(f"pretrain.py mnist-statistics --data {data} --per-class 2 --images 100 --out out", tmp_path)
     assert process.returncode == 0, process.stderr
-    statistics, facts = metrics.load_statistics(tmp_path / "out/mnist-statistics.safetensors")
-    images, labels = metrics.mnist(str(data), train=True)
-    features, _ = metrics.look(metrics.load_classifier(), images)
+    statistics, facts = load_statistics(tmp_path / "out/mnist-statistics.safetensors")
+    images, labels = mnist(str(data), train=True)
+    features, _ = look(load_classifier(), images)
     torch.testing.assert_close(statistics["train"][0][7], features[labels == 7].double().mean(0), rtol=1e-4, atol=1e-5)
     assert statistics["train"][2].tolist() == [4] * 10 and statistics["unconditional"][2].sum() == 100
     assert facts["unconditional"]["images"] == 100 and 0.5 < facts["unconditional"]["confidence"] <= 1
@@ -157,7 +158,7 @@ def cards():
 def test_shipped_cards_tell_the_truth(path):
     card = json.loads(path.read_text())
     weights = path.with_suffix(".safetensors")
-    assert card["sha256"] == metrics.checksum(weights) and card["bytes"] == weights.stat().st_size
+    assert card["sha256"] == checksum(weights) and card["bytes"] == weights.stat().st_size
     assert {"command", "data", "seconds", "machine", "commit", "what"} <= set(card)
 
 

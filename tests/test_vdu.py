@@ -9,9 +9,9 @@ import torch
 from conftest import python, random_unet
 from torchvision.io import write_png
 
-import eval as metrics
 import vdu
-from run import Run
+from features import load_classifier, look
+from run import Run, checksum
 from unet import VPSchedule, load_unet, save_unet, write_tensors
 from vdu import Config, plasticity_inducer, posterior, read_posterior, stability_regularizer, train, undesired_images
 
@@ -292,8 +292,8 @@ def test_without_data_and_network_the_images_are_drawn_and_said_to_be(tmp_path, 
     monkeypatch.setattr(MNIST, "download", no_network)
     images, origin = undesired_images("auto", [7], (1, 28, 28), n=4)
     assert images.shape == (4, 1, 28, 28) and "drawn from the class-conditional teacher" in origin
-    classifier = metrics.load_classifier()
-    assert (metrics.look(classifier, images)[1].argmax(1) == 7).float().mean() >= 0.75
+    classifier = load_classifier()
+    assert (look(classifier, images)[1].argmax(1) == 7).float().mean() >= 0.75
     write_mnist(tmp_path / "data", np.full((10, 28, 28), 9, np.uint8), np.arange(10, dtype=np.uint8))
     images, origin = undesired_images("auto", [7], (1, 28, 28), n=4)
     assert len(images) == 1 and origin == "1 images from data"
@@ -309,7 +309,7 @@ def files(tmp_path):
     save_unet(tiny_unconditional(1), tmp_path / "b.safetensors")
     save_unet(random_unet(image_size=8, attention_at=(), num_classes=None, channels=16), tmp_path / "c.safetensors")
     variance = {k: torch.ones_like(p) for k, p in tiny_unconditional().named_parameters()}
-    digits = metrics.checksum(tmp_path / "a.safetensors")
+    digits = checksum(tmp_path / "a.safetensors")
     write_tensors(tmp_path / "a-posterior.safetensors", "posterior", variance, mean_sha256=digits)
     return tmp_path
 
