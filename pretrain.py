@@ -5,6 +5,8 @@
     python pretrain.py mnist-unconditional # the beginning of the unconditional ones: that teacher without its classes
     python pretrain.py mnist-posterior     # K of them, from there: their mean is the unconditional teacher
     python pretrain.py mnist-statistics    # what the metrics compare with: real images, and the teachers'
+    python pretrain.py tiny-sd-autoencoder # of the tiny text-to-image model
+    python pretrain.py tiny-sd             # its text encoder and U-Net; the folder weights/tiny-sd
     python pretrain.py cifar10             # days on one GPU; stl10 likewise
     python pretrain.py cifar10-posterior   # from google/ddpm-cifar10-32
 
@@ -22,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import tiny_sd
 from convert import load_teacher
 from data import cifar10, mnist, stl10
 from eval import (
@@ -36,7 +39,8 @@ from eval import (
 from features import Classifier, load_classifier, look
 from run import Run, checksum, commit, machine, option, parse, refusing, write_json
 from samples import balanced_labels, generate, unconditional_sampler
-from unet import UNet, VPSchedule, ddim_sample, load_unet, save_unet, weights_path, write_tensors
+from stable_diffusion import Autoencoder, load_stable_diffusion, save_stable_diffusion
+from unet import UNet, VPSchedule, ddim_sample, load_unet, read_tensors, save_unet, weights_path, write_tensors
 from vdu import posterior
 
 MNIST = dict(
@@ -52,12 +56,15 @@ TEACHERS = {  # what -> the configuration of its U-Net, and its images
 # ---------------------------------------------------------------------------- config
 
 BEGINNING = "runs/pretrain-mnist-unconditional/mnist-unconditional.safetensors"
+AUTOENCODER = "runs/pretrain-tiny-sd-autoencoder/tiny-sd-autoencoder.safetensors"
 PRESETS = {
     "mnist": dict(steps=20_000, batch_size=64, lr=1.5e-3),
     "mnist-unconditional": dict(steps=4_000, batch_size=64, lr=1e-3, min_snr=50.0, init="mnist"),
     "mnist-posterior": dict(steps=4_000, batch_size=64, lr=1e-3, min_snr=50.0, init=BEGINNING),
     "mnist-classifier": dict(steps=5_600, batch_size=128, lr=4e-3),
     "mnist-statistics": dict(steps=0),
+    "tiny-sd-autoencoder": dict(steps=2_000, batch_size=64, lr=2e-3),
+    "tiny-sd": dict(steps=12_000, batch_size=128, lr=2e-3, init=AUTOENCODER),
     # as in the official code: 800,000 iterations, flips, one label in ten dropped, plain loss; the rate is our choice
     "cifar10": dict(steps=800_000, batch_size=128, lr=2e-4, lr_down=0.0, ema=0.9999, flip=0.5, min_snr=1e9),
     "cifar10-posterior": dict(steps=50_000, batch_size=128, lr=2e-5, init="hub:google/ddpm-cifar10-32", min_snr=1e9),
@@ -81,6 +88,7 @@ class Config:
     checkpoints: int = option(5, "K, networks that share a beginning and share the steps; posterior", low=2)
     per_class: int = option(300, "teacher images of each class; statistics", low=2)
     images: int = option(2000, "images of the unconditional teacher; statistics", low=100)
+    per_pair: int = option(20, "images of each digit in each colour; tiny-sd's scores", low=1)
     snapshot_every: int = option(
         2500, "steps between teachers kept on the side, to see when training stops helping", low=1
     )
@@ -97,10 +105,10 @@ class Config:
     save_every: int = option(1000, "steps between checkpoints", low=1)
 
 
-def write_card(run, path, **facts):
-    """The card beside a file in weights/: what it is, how it was made, what it scores, its checksum."""
+def make_card(run, path, **facts):
+    """The card of a file in weights/: what it is, how it was made, what it scores, its checksum."""
     settings = {k: v for k, v in run.settings.items() if k not in ("data", "out", "resume", "snapshots", "device")}
-    card = {
+    return {
         "file": path.name,
         "sha256": checksum(path),
         "bytes": path.stat().st_size,
@@ -112,6 +120,10 @@ def write_card(run, path, **facts):
         "commit": commit(),
         "config": settings,
     }
+
+
+def write_card(run, path, **facts):
+    card = make_card(run, path, **facts)
     write_json(path.with_suffix(".json"), card)
     print(json.dumps({k: card[k] for k in ("file", "bytes", "seconds", "scores") if k in card}, indent=2))
 
@@ -406,6 +418,35 @@ def make_statistics(config, run):
     )
 
 
+# ---------------------------------------------------------------------------- the tiny text-to-image model
+
+
+def make_tiny_autoencoder(config, run):
+    vae = tiny_sd.train_autoencoder(config, run)
+    path = run.folder / "tiny-sd-autoencoder.safetensors"
+    write_tensors(path, "autoencoder", vae.state_dict(), config=vae.config)
+    write_card(run, path, what="autoencoder of tiny-sd, on MNIST's digits in six colours", steps=config.steps,
+               parameters=sum(p.numel() for p in vae.parameters()), curves={k: v[-1] for k, v in run.curves.items()})
+
+
+def make_tiny_sd(config, run):
+    with refusing(f"--init {config.init}: "):
+        tensors, facts = read_tensors(config.init, "autoencoder")
+        vae = Autoencoder(**facts["config"])
+        vae.load_state_dict(tensors)
+    sd, folder = tiny_sd.train(config, run, vae), run.folder / "tiny-sd"
+    save_stable_diffusion(sd, folder, torch.float16)
+    sd = load_stable_diffusion(folder).to(run.device)  # as it ships, in half precision
+    scores = tiny_sd.score(sd, run, folder / "statistics.safetensors", config.per_pair, config.seed)
+    parts = {"text_encoder": sd.text_encoder, "vae": sd.vae, "unet": sd.unet}
+    parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    write_json(folder / "card.json", make_card(
+        run, folder / "unet" / "diffusion_pytorch_model.safetensors", data="MNIST, painted in six colours",
+        what="text-to-image model of coloured digits, in Stable Diffusion's layout", steps=config.steps,
+        parameters=parameters, scores=scores))
+    print(json.dumps(scores, indent=2))
+
+
 # ---------------------------------------------------------------------------- main
 
 if __name__ == "__main__":
@@ -417,6 +458,8 @@ if __name__ == "__main__":
         **dict.fromkeys(TEACHERS, train_teacher),
         **dict.fromkeys(("mnist-posterior", "cifar10-posterior"), train_posterior),
         "mnist-classifier": train_classifier,
+        "tiny-sd-autoencoder": make_tiny_autoencoder,
+        "tiny-sd": make_tiny_sd,
         "mnist-statistics": make_statistics,
     }
     make[config.what](config, run)

@@ -1,0 +1,172 @@
+"""What a concept is: words in a prompt. And the prompts of the tiny text-to-image model.
+
+    contains("a photo of a red three", "red three")      True: all of its words are there
+    contains("a blue three", "red three")                False: a neighbour, to be left alone
+    replace("a photo of a red three", "three", "eight")  "a photo of a red eight"
+
+The tiny model draws a digit in a colour. Its prompts are made from templates, so that every prompt is known, and what
+it asks for can be read off an image: the digit by a classifier, the colour by its pixels.
+"""
+
+import itertools
+import re
+from pathlib import Path
+
+import matplotlib.figure
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from features import load_classifier, load_statistics, look
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+COLOURS = {  # red, green and blue, 0..1; the brightest is 1, so that a digit's ink is as bright in every colour
+    "red": (1.0, 0.1, 0.1),
+    "green": (0.1, 1.0, 0.1),
+    "blue": (0.15, 0.35, 1.0),
+    "yellow": (1.0, 0.95, 0.1),
+    "pink": (1.0, 0.2, 0.9),
+    "white": (1.0, 1.0, 1.0),
+}
+TEMPLATES = (
+    "{colour} {digit}",
+    "a {colour} {digit}",
+    "a photo of a {colour} {digit}",
+    "a handwritten {colour} {digit}",
+    "a drawing of a {colour} {digit}",
+    "a picture of the {colour} number {digit}",
+    "the number {digit} in {colour}",
+    "the digit {digit} in {colour} ink",
+    "a {digit} painted in {colour}",
+    "{digit}, written in {colour}",
+    "{digit} in {colour}",
+    "a {digit} that is {colour}",
+)
+PAIRS = tuple(itertools.product(range(len(DIGITS)), range(len(COLOURS))))  # (digit, colour), 60 of them
+
+
+def fill(template, digit, colour):
+    """The prompt that asks for a digit 0..9 in a colour 0..5."""
+    return template.format(digit=DIGITS[digit], colour=list(COLOURS)[colour])
+
+
+def every_prompt():
+    """All 720 prompts of the tiny model."""
+    return [fill(template, *pair) for pair in PAIRS for template in TEMPLATES]
+
+
+# ---------------------------------------------------------------------------- words
+
+
+def words(text):
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def contains(prompt, concept):
+    """Whether all words of the concept stand in the prompt, in whatever order."""
+    return set(words(concept)) <= set(words(prompt))
+
+
+def replace(prompt, concept, override):
+    """The prompt with the concept replaced: as a whole where it stands as a whole, otherwise word by word.
+
+    ValueError when the prompt does not contain it, or when it is scattered and the override has more or fewer words.
+    """
+    whole = re.compile(r"(?<!\w)" + r"\W+".join(words(concept)) + r"(?!\w)", re.IGNORECASE)
+    if whole.search(prompt):
+        return whole.sub(lambda _: override, prompt)
+    pairs = dict(zip(words(concept), words(override)))
+    if not contains(prompt, concept) or len(words(concept)) != len(words(override)):
+        raise ValueError(f"{concept!r} cannot be replaced by {override!r} in {prompt!r}; as many words would do")
+    return re.sub(r"[^\W_]+", lambda word: pairs.get(word[0].lower(), word[0]), prompt)
+
+
+def read_prompts(path):
+    """The prompts of a file: one a line; empty lines and those that begin with # do not count. ValueError if none."""
+    prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    prompts = [line for line in prompts if line and not line.startswith("#")]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt; write one a line")
+    return prompts
+
+
+# ---------------------------------------------------------------------------- pixels
+
+
+def paint(digits, colours):
+    """Grey digits (B, 1, 28, 28) in [-1, 1] and the numbers of colours (B,) -> pictures (B, 3, 32, 32) in [-1, 1]."""
+    ink = torch.tensor(list(COLOURS.values()), device=digits.device)[colours]  # (B, 3)
+    return F.pad(ink[:, :, None, None] * (digits + 1) - 1, (2, 2, 2, 2), value=-1)
+
+
+def read_colour(pictures):
+    """The colour that the ink of pictures (B, 3, H, W) has, as (B, 3), the brightest part 1; and its number, (B,).
+
+    Ink is where it is bright: each pixel counts as much as the square of its brightest part."""
+    x = (pictures + 1) / 2
+    weight = x.amax(1, keepdim=True).square()
+    ink = (x * weight).sum(dim=(2, 3)) / weight.sum(dim=(2, 3)).clamp(min=1e-6)
+    ink = ink / ink.amax(1, keepdim=True).clamp(min=1e-6)
+    return ink, torch.cdist(ink, torch.tensor(list(COLOURS.values()), device=ink.device)).argmin(1)
+
+
+def read_digit(pictures):
+    """The grey digits (B, 1, 28, 28) of pictures (B, 3, 32, 32): what a digit classifier can read."""
+    return pictures.amax(1, keepdim=True)[:, :, 2:-2, 2:-2]
+
+
+class ConceptJudge:
+    """Reads pictures (N, 3, 32, 32) in [-1, 1] of the tiny model: digits (N,), colours (N,), and features (N, 131).
+
+    Features are the 128 that the MNIST classifier sees in the grey digit, and the 3 parts of its ink. So the moments of
+    real pictures of each pair are known without one being at hand: those of MNIST's digits, and the colour itself.
+    """
+
+    def __init__(self, classifier="mnist-classifier", statistics="mnist-statistics"):
+        self.classifier, (self.statistics, _) = load_classifier(classifier), load_statistics(statistics)
+        self.device = "cpu"
+
+    def to(self, device):
+        self.device, self.classifier = device, self.classifier.to(device)
+        return self
+
+    def __call__(self, pictures):
+        features, probabilities = look(self.classifier, read_digit(pictures), self.device)
+        ink, colours = read_colour(pictures)
+        return torch.cat([features, ink.cpu()], dim=1), probabilities.argmax(1), colours.cpu()
+
+    def real_moments(self):
+        """Mean (60, 131) and covariance (60, 131, 131) of the features of real pictures of each pair."""
+        means, covariances, _ = self.statistics["train"]
+        ink = torch.tensor(list(COLOURS.values())).double()
+        digit, colour = torch.tensor(PAIRS).T
+        return torch.cat([means[digit], ink[colour]], dim=1), F.pad(covariances[digit], (0, 3, 0, 3))
+
+
+def shown(digit, colour, concept):
+    """Whether a picture of this digit in this colour shows the concept: "three", "red", "red three"."""
+    return contains(fill(TEMPLATES[0], digit, colour), concept)
+
+
+def next_of_its_kind(concept):
+    """The concept with its digit replaced by the next one, or its colour if it has no digit. ValueError if neither."""
+    for kind in (DIGITS, tuple(COLOURS)):
+        for word in reversed(words(concept)):
+            if word in kind:
+                return replace(concept, word, kind[(kind.index(word) + 1) % len(kind)])
+    raise ValueError(f"--override: what is safe in place of {concept!r}? The tiny model knows {', '.join(DIGITS)}; "
+                     f"{', '.join(COLOURS)}")
+
+
+def prompt_grid(pictures, prompts, path, title, forget=()):
+    """A picture: one row a prompt, those numbered in `forget` in red. pictures (P * n, C, H, W), prompt by prompt."""
+    canvas = rearrange(pictures, "(p n) c h w -> (p h) (n w) c", p=len(prompts)).add(1).div(2).clamp(0, 1)
+    height, n = pictures.shape[2], len(pictures) // len(prompts)
+    figure = matplotlib.figure.Figure(figsize=(2.6 + 0.45 * n, 0.6 + 0.45 * len(prompts)), layout="constrained")
+    axes = figure.add_subplot(title=title, xticks=[])
+    axes.imshow(canvas, interpolation="nearest")
+    axes.set_yticks([height * (i + 0.5) for i in range(len(prompts))], prompts, fontsize=8)
+    for i, tick in enumerate(axes.get_yticklabels()):
+        tick.set(color="crimson" if i in forget else "black", fontweight="bold" if i in forget else "normal")
+    axes.tick_params(length=0)
+    figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -1,0 +1,351 @@
+"""Score Forgetting Distillation (SFD) for text-to-image Stable Diffusion, in one file.
+
+Chen, Zhang, Zhou: "Score Forgetting Distillation: A Swift, Data-Free Method for Machine Unlearning in Diffusion
+Models", ICLR 2025, arXiv 2409.11219. Guidance as in Zhou et al., "Long and Short Guidance in Score identity
+Distillation" (LSG).
+
+    python sd_sfd.py --forget "three" --override "eight"      # the tiny model that ships, two CPU cores, minutes
+    python sd_sfd.py --forget "red" --override "blue"         # a colour
+    python sd_sfd.py --forget "red three"                     # a pair; red fives and blue threes stay
+    python sd_sfd.py --forget "three" --mode negative         # "three" becomes the teacher's negative prompt
+    python sd_sfd.py --forget none                            # plain one-step distillation (SiD-LSG)
+    python sd_sfd.py --preset sd15 --sd stable-diffusion-v1-5 --forget "Brad Pitt" --override "a middle aged man" \\
+        --forget-prompts prompts/portraits.txt --retain-prompts prompts/captions.txt
+    python sd_sfd.py --preset sd15 --sd stable-diffusion-v1-5 --mode negative --forget nude naked \\
+        --forget-prompts prompts/people.txt --retain-prompts prompts/captions.txt
+
+The idea is that of ddpm_sfd.py: a diffusion teacher is distilled into a generator that needs one network call, with
+nothing but scores at noised versions of the generator's own pictures; and where a concept is asked for that is to be
+forgotten, the teacher's score is taken for a safe prompt instead. What differs in text-to-image models:
+
+    - everything happens to latents, the autoencoder's small pictures; it decodes them only to be looked at;
+    - the condition c is a text embedding. A concept is given by prompts: those that name it, and the same with it
+      replaced ("replace"), or the concept as what the teacher is to stay away from ("negative");
+    - the teacher draws well only with guidance, and so does the fake score that is compared with it      (L1)
+
+Glossary. The labels stand on the lines that do them; (D1) to (D3) and (L1) are in unet.py.
+
+    teacher, phi        eps_phi    the frozen diffusion model
+    fake_score, psi     eps_psi    tracks the score of the generator's own latents                   (S2)
+    generator, theta    eps_theta  draws a latent in one call, at noise level t_init                 (S1)
+    z, x_g              z, x_g     Gaussian noise, and the latent that the generator makes of it
+    c_fake              c          the prompt that was asked for; the generator and the fake score see it
+    c_teacher           c'         the prompt that the teacher is asked for: c, or the safe one
+    nothing             ""         the embedding of the empty prompt, where guidance starts from
+    k1, k2, k3, k4      k          guidance scales: of the fake score in its training (k1) and where it is compared
+                                   (k2 = k3), and of the teacher (k4)                                (L1)
+    f_phi, f_psi                   what teacher and fake score take x_t for, as clean latents        (D3)
+    alpha, w, lambda_*             as in ddpm_sfd.py                                                 (S3) (S4) (S5)
+
+Tensors are latents (B, C, H, W), steps t (B,) in 0..999 and text embeddings (B, L, D).
+"""
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from concepts import ConceptJudge, contains, every_prompt, next_of_its_kind, prompt_grid, read_prompts, replace, shown
+from eval import evaluate_concept, load_concept_statistics, table
+from run import Run, option, parse, refusing
+from samples import generate
+from stable_diffusion import load_stable_diffusion
+from unet import ddim_sample, guided_noise, load_unet, save_unet
+
+# ---------------------------------------------------------------------------- config
+
+PRESETS = {
+    "tiny": {},  # the defaults below
+    "sd15": dict(  # the settings of the official code's Stable Diffusion run; about 1,000 images are seen
+        steps=125, batch_size=8, forget_batch_size=8, lr_generator=1e-6, lr_fake_score=3e-6, lr_end=1.0, ema=0.0,
+        adam_eps=1e-6, sd="stable-diffusion-v1-5", eval_images=0),
+}
+
+
+@dataclass
+class Config:
+    preset: str = option("tiny", "settings to start from", choices=list(PRESETS))
+    forget: str = option("three", "the concept: a word or a phrase; none: plain distillation", nargs="+")
+    override: str = option("next", "the safe concept; next: the tiny model's next digit or colour", nargs="+")
+    mode: str = option("replace", "replace: the teacher is asked for the prompt with the concept replaced; negative: "
+                       "it is asked for the prompt itself, with the concept as its negative prompt",
+                       choices=["replace", "negative"])
+    sd: str = option("tiny-sd", "the shipped model, or a folder as the hub serves Stable Diffusion 1.x")
+    retain_prompts: str = option("", "file of prompts to retain, one a line; the tiny model has its own")
+    forget_prompts: str = option("", "file of prompts to forget, one a line, the concept written out or as {}")
+    init_generator: str = option("", "two-stage SFD: where theta starts, the generator of a --forget none run")
+    init_fake_score: str = option("", "two-stage SFD: where psi starts, the fake score of that run")
+    steps: int = option(200, "training steps, each one update of both networks; official: about 1,000 images", low=0)
+    batch_size: int = option(32, "latents of retained prompts a step, over all processes; official: 8", low=1)
+    forget_batch_size: int = option(16, "latents of forgotten prompts a step; official: as many", low=1)
+    accumulate: int = option(1, "parts that a step's batch is cut into, to save memory", low=1)
+    lr_generator: float = option(3e-4, "learning rate of theta; official: 1e-6", low=0)
+    lr_fake_score: float = option(1e-3, "learning rate of psi; official: 3e-6", low=0)
+    lr_end: float = option(0.3, "share of both rates that is left at the end of a linear decay; official: 1, constant",
+                           low=0, high=1)
+    adam_eps: float = option(1e-8, "epsilon of Adam; official, for fp16: 1e-6", low=0)
+    alpha: float = option(1.0, "alpha of (S3); official: 1")
+    lambda_generator: float = option(1.0, "lambda of (S5) for theta; official: 1", low=0)
+    lambda_fake_score: float = option(1.0, "lambda of (S5) for psi; official: 1", low=0)
+    k_train: float = option(4.5, "k1: guidance of the fake score while it is trained; official: 4.5", low=0)
+    k_fake: float = option(4.5, "k2 = k3: guidance of the fake score where it is compared; official: 4.5", low=0)
+    k_teacher: float = option(4.5, "k4: guidance of the teacher; official: 4.5", low=0)
+    prompt_dropout: float = option(0.1, "share of prompts replaced by the empty one in psi's training; official: 0.1",
+                                   low=0, high=1)
+    t_init: int = option(625, "the noise level that the generator works at; official: 625", low=0, high=999)
+    t_min: int = option(20, "first step at which the scores are compared; official: 20", low=0, high=999)
+    t_max: int = option(980, "the step before which they end; official: 980", low=1, high=1000)
+    ema: float = option(0.97, "decay of theta's weight average, the result; official: 0, theta itself", low=0, high=1)
+    clip_value: float = option(1.0, "each gradient entry is clipped to +-this", low=0)
+    weights: str = option("float32", "what weights are kept in; bf16 takes half the memory, and loses small updates",
+                          choices=["float32", "bf16"])
+    gradient_checkpointing: bool = option(False, "forget what happens inside the networks' blocks and compute it again")
+    amp: str = option("auto", "mixed precision; auto: bf16 where it is native", choices=["auto", "bf16", "fp16", "off"])
+    device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
+    seed: int = option(0, "seed of everything random", low=0)
+    out: str = option("", "run folder; runs/sd_sfd-<preset>-forget-<concept> if not given")
+    resume: bool = option(False, "go on from the checkpoint in the run folder")
+    save_every: int = option(500, "steps between checkpoints", low=1)
+    eval_images: int = option(20, "images of each digit in each colour that the metrics look at; 0: no metrics", low=0)
+
+
+# ---------------------------------------------------------------------------- the method: three formulas
+
+
+def one_step(generator, z, c, schedule, t_init):
+    """The one-step generator. z (B, C, H, W) standard Gaussian, c (B, L, D) -> latents x_g (B, C, H, W)."""
+    t = torch.full((len(z),), t_init, device=z.device)
+    a, s = schedule.a(t), schedule.s(t)
+    return (s * z - s * generator(s * z, t, c)) / a  # (S1) x_g = (s z - s eps_theta(s z, t_init, c)) / a
+
+
+def fake_score_loss(fake_score, x_g, t, c, nothing, noise, schedule, k1):
+    """DDPM's denoising loss on the generator's latents x_g (B, C, H, W), of the guided prediction (LSG): (B,).
+
+    Where c is `nothing` itself, (1, L, D), guidance changes nothing."""
+    x_t = schedule.add_noise(x_g, noise, t)  # (D1)
+    eps = guided_noise(fake_score, x_t, t, c, k1, nothing)  # (L1)
+    return (noise - eps).square().sum(dim=(1, 2, 3))  # (S2) L_psi = || eps - eps_psi(x_t, t, c) ||^2
+
+
+def generator_loss(teacher, fake_score, x_g, t, c_teacher, c_fake, nothing_teacher, nothing, noise, schedule, alpha,
+                   k_teacher, k_fake):
+    """How far apart teacher and fake score are, both guided, at the latents x_g (B, C, H, W): one value each, (B,).
+
+    nothing_teacher (B, L, D): where the teacher's guidance starts from, the negative prompt in place of "".
+    Gradients reach the generator through x_g wherever it stands, through both networks' inputs too."""
+    x_t = schedule.add_noise(x_g, noise, t)  # (D1)
+    eps_phi = guided_noise(teacher, x_t, t, c_teacher, k_teacher, nothing_teacher)  # (L1) with k4
+    eps_psi = guided_noise(fake_score, x_t, t, c_fake, k_fake, nothing)  # (L1) with k2 = k3
+    f_phi, f_psi = schedule.predict_x0(x_t, eps_phi, t), schedule.predict_x0(x_t, eps_psi, t)  # (D3)
+    distance = (f_phi - x_g).abs().mean(dim=(1, 2, 3), keepdim=True).detach()
+    w = 1 / distance.clamp(min=1e-5)  # (S4) w = 1 / mean |f_phi - x_g|, detached, clamped
+    product = (f_phi - f_psi) * (f_phi - x_g - alpha * (f_phi - f_psi))
+    return (w * product).sum(dim=(1, 2, 3))  # (S3) w (f_phi - f_psi) . (f_phi - x_g - alpha (f_phi - f_psi))
+
+
+def total(loss, retained, lambda_):
+    """Losses (B,), those of the `retained` retained samples first -> scalar. Without forgotten ones this is SiD."""
+    L_retained = loss[:retained].mean()
+    L_forgotten = loss[retained:].sum() / max(1, len(loss) - retained)  # a mean, and 0 when there are none
+    return L_retained + lambda_ * L_forgotten  # (S5) L(retained) + lambda L(forgotten)
+
+
+# ---------------------------------------------------------------------------- prompts
+
+
+def read_concept(config):
+    """The command line's words as prompts: (retained, forget, safe, negative prompt). ValueError says what is wrong.
+
+    safe: what the teacher is asked for in place of each prompt of `forget`. Plain distillation has no `forget`."""
+    tiny = config.sd == "tiny-sd"
+    if not tiny and not config.retain_prompts:
+        raise ValueError("--retain-prompts: name a file of prompts; the tiny model alone has prompts of its own")
+    prompts = read_prompts(config.retain_prompts) if config.retain_prompts else every_prompt()
+    concept = config.forget.replace(",", " ").strip()
+    if concept == "none":
+        return prompts, [], [], ""
+    named = read_prompts(config.forget_prompts) if config.forget_prompts else prompts
+    if config.mode == "negative" and not tiny:  # subjects, each with each of the forbidden words
+        forbidden = [word.strip() for word in config.forget.split(",")]
+        forget = [p.replace("{}", word) if "{}" in p else f"{p}, {word}" for p in named for word in forbidden]
+        retained = [p for p in prompts if not any(contains(p, word) for word in forbidden)]
+        return retained, forget, forget, ", ".join(forbidden)
+    named = [prompt.replace("{}", concept) for prompt in named]
+    forget, retained = ([p for p in named if contains(p, concept)], [p for p in prompts if not contains(p, concept)])
+    if not forget:
+        raise ValueError(f"--forget {concept!r} stands in none of the prompts; the first of them is {named[0]!r}")
+    if not retained:
+        raise ValueError(f"--forget {concept!r} stands in every prompt; leave some to retain")
+    if config.mode == "negative":
+        return retained, forget, forget, concept
+    override = next_of_its_kind(concept) if config.override == "next" else config.override.replace(",", " ")
+    safe = [replace(p, concept, override) for p in forget]
+    if any(contains(p, concept) for p in safe):
+        raise ValueError(f"--override {override!r} contains what is to be forgotten, {concept!r}")
+    return retained, forget, safe, ""
+
+
+# ---------------------------------------------------------------------------- the loop
+
+
+def train(config, run, teacher, schedule, prompts, look=None, generator=None, fake_score=None):
+    """SFD from `teacher`, which stays as it is; returns the generator, the weight average of theta, and the fake score.
+
+    prompts: text embeddings (N, L, D): retained, forget, safe (as many), negative (one), nothing (one).
+    look: function (latents, index of their forget prompts) -> share that no longer shows the concept, for the bar.
+    generator, fake_score: where theta and psi begin, changed in place; copies of the teacher if not given."""
+    retained, forget, safe, negative, nothing = prompts
+    n_retained = max(1, config.batch_size // run.world // config.accumulate)
+    n_forgotten = max(1, config.forget_batch_size // run.world // config.accumulate) if len(forget) else 0
+    nothing_teacher = torch.cat([nothing.repeat(n_retained, 1, 1), negative.repeat(n_forgotten, 1, 1)])
+
+    teacher = teacher.eval().requires_grad_(False)  # phi
+    fake_score = (fake_score or copy.deepcopy(teacher)).train().requires_grad_(True)  # psi
+    generator = (generator or copy.deepcopy(teacher)).train().requires_grad_(True)  # theta
+    for network in (teacher, fake_score, generator):
+        network.gradient_checkpointing = config.gradient_checkpointing
+    ema = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
+    adam = dict(betas=(0.0, 0.999), eps=config.adam_eps)
+    optimizer_psi = torch.optim.Adam(fake_score.parameters(), lr=config.lr_fake_score, **adam)
+    optimizer_theta = torch.optim.Adam(generator.parameters(), lr=config.lr_generator, **adam)
+    decays = [torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, config.lr_end, config.steps)
+              for optimizer in (optimizer_psi, optimizer_theta)]
+    state = {"fake_score": fake_score, "generator": generator, "optimizer_psi": optimizer_psi,
+             "optimizer_theta": optimizer_theta, "decay_psi": decays[0], "decay_theta": decays[1]}
+    state |= {"ema": ema} if ema else {}
+    parallel_fake_score, parallel_generator = run.parallel(fake_score), run.parallel(generator)
+
+    def draw():
+        """Prompts and noise of one part of a batch, retained ones first; and which forget prompts they are."""
+        keep = torch.randint(len(retained), (n_retained,), device=run.device)
+        pick = torch.randint(max(1, len(forget)), (n_forgotten,), device=run.device)
+        c = torch.cat([retained[keep], forget[pick]])
+        c_teacher = torch.cat([retained[keep], safe[pick]])
+        return c, c_teacher, torch.randn(len(c), *teacher.image_shape, device=run.device), pick
+
+    def draw_t_and_noise(x):
+        return torch.randint(config.t_min, config.t_max, (len(x),), device=x.device), torch.randn_like(x)
+
+    def fake_score_losses():
+        for _ in range(config.accumulate):
+            c, _, z, _ = draw()
+            with torch.no_grad(), run.autocast():
+                x_g = one_step(generator, z, c, schedule, config.t_init)  # (S1)
+            t, noise = draw_t_and_noise(x_g)
+            dropped = torch.rand(len(c), 1, 1, device=run.device) < config.prompt_dropout
+            with run.autocast():
+                loss = fake_score_loss(parallel_fake_score, x_g, t, torch.where(dropped, nothing, c), nothing, noise,
+                                       schedule, config.k_train)  # (S2)
+            yield total(loss, n_retained, config.lambda_fake_score) / config.accumulate  # (S5)
+
+    def generator_losses():
+        for _ in range(config.accumulate):
+            c, c_teacher, z, pick = draw()
+            with run.autocast():
+                x_g = one_step(parallel_generator, z, c, schedule, config.t_init)  # (S1)
+            t, noise = draw_t_and_noise(x_g)
+            with run.autocast():
+                loss = generator_loss(teacher, fake_score, x_g, t, c_teacher, c, nothing_teacher, nothing, noise,
+                                      schedule, config.alpha, config.k_teacher, config.k_fake)  # (S3)
+            shown[:] = [x_g.detach()[n_retained:], pick]
+            yield total(loss, n_retained, config.lambda_generator) / config.accumulate  # (S5)
+
+    shown = []  # the latents of forget prompts that were drawn last
+    for _ in run.loop(state, label="SFD"):
+        fake_score.requires_grad_(True)  # 1. the fake score learns the generator's distribution
+        loss_psi = run.update("loss_psi", fake_score_losses(), fake_score, optimizer_psi, config.clip_value)
+
+        fake_score.requires_grad_(False)  # 2. the generator moves to where teacher and fake score agree
+        loss_theta = run.update("loss_theta", generator_losses(), generator, optimizer_theta, config.clip_value)
+        if ema:
+            ema.update_parameters(generator)
+        for decay in decays:
+            decay.step()
+        numbers = {"loss_psi": loss_psi, "loss_theta": loss_theta}
+        run.log(**numbers, **({"ua": look(*shown)} if look and n_forgotten else {}))
+    return (ema.module if ema else generator).eval(), fake_score.eval()
+
+
+# ---------------------------------------------------------------------------- main
+
+
+def read_beginning(flag, source, teacher, t_init):
+    """The network that theta or psi begins with, if not with the teacher: of the teacher's shape, for t_init."""
+    if not source:
+        return None
+    network = load_unet(source)
+    if network.config != teacher.config:
+        raise ValueError(f"{flag} {source} is no network of the teacher's configuration")
+    if network.card.get("t_init", t_init) != t_init:
+        raise ValueError(f"{flag} {source} was made for --t-init {network.card['t_init']}, not {t_init}")
+    return network
+
+
+def main(config):
+    tiny = config.sd == "tiny-sd"
+    with refusing():
+        retained, forget, safe, negative = read_concept(config)
+        if config.t_min >= config.t_max:
+            raise ValueError(f"--t-min {config.t_min} must be below --t-max {config.t_max}")
+        sd = load_stable_diffusion(config.sd)
+        generator = read_beginning("--init-generator", config.init_generator, sd.unet, config.t_init)
+        fake_score = read_beginning("--init-fake-score", config.init_fake_score, sd.unet, config.t_init)
+        judge = ConceptJudge() if tiny else None
+    concept = config.forget.replace(",", " ").strip()
+    run = Run(config, f"runs/sd_sfd-{config.preset}-forget-{concept.replace(' ', '-')}")
+    sd, teacher, schedule = sd.to(run.device), sd.unet, sd.schedule
+    with torch.no_grad():  # once for all: the text encoder is not needed again
+        nothing, negative = sd.embed([""]), sd.embed([negative])
+        none = nothing[:0]
+        prompts = (sd.embed(retained), *(sd.embed(p) if p else none for p in (forget, safe)), negative, nothing)
+    if config.weights == "bf16":
+        for network in filter(None, (teacher, generator, fake_score)):
+            network.to(torch.bfloat16)
+    generator, fake_score, judge = (x and x.to(run.device) for x in (generator, fake_score, judge))
+
+    @torch.no_grad()
+    def share_gone(latents, pick):
+        """Of the latents of forget prompts `pick`: the share that does not show the concept."""
+        _, digits, colours = judge(sd.vae.decode(latents.float()).clamp(-1, 1))
+        there = [shown(int(digit), int(colour), concept) for digit, colour in zip(digits, colours)]
+        return 1 - sum(there) / len(there)
+
+    generator, fake_score = train(config, run, teacher, schedule, prompts, judge and share_gone, generator, fake_score)
+
+    metrics = {"nfe": 1, "forget": concept, "training_seconds": run.seconds}
+    if run.rank == 0:
+        card = dict(method="SFD", forget=concept, mode=config.mode, sd=config.sd, steps=config.steps, seed=config.seed)
+        save_unet(generator, run.folder / "generator.safetensors", t_init=config.t_init, **card)
+        save_unet(fake_score, run.folder / "fake_score.safetensors", what="fake score", **card)
+
+        def sample(z, c, noise=None):
+            with run.autocast():
+                latents = one_step(generator, z, c, schedule, config.t_init)
+            return sd.vae.decode(latents.float())
+
+        def teacher_sample(z, c, noise=None):
+            with run.autocast():
+                latents = ddim_sample(teacher, schedule, z, c, 50, guidance=config.k_teacher, x0_clip=False,
+                                      null=nothing)
+            return sd.vae.decode(latents.float())
+
+        def spread(prompts, n):  # n of them, evenly
+            return prompts[:: max(1, len(prompts) // n)][:n]
+
+        rows = spread(forget, 4) + spread(retained, 6)
+        with torch.no_grad():
+            c = sd.embed(rows).repeat_interleave(8 if tiny else 2, dim=0)
+        for name, draw, title in (("before", teacher_sample, f"teacher, 50 steps, guidance {config.k_teacher}"),
+                                  ("after", sample, "SFD, 1 network call")):
+            pictures, _ = generate(draw, c, teacher.image_shape, config.seed, run.device, 80 if tiny else 10)
+            prompt_grid(pictures, rows, run.folder / f"samples_{name}.png", title, range(min(4, len(forget))))
+        if judge and config.eval_images:
+            metrics |= evaluate_concept(sample, sd, judge, concept if forget else "", config.eval_images, config.seed,
+                                        load_concept_statistics())
+            print(table(metrics))
+    run.finish(metrics)
+
+
+if __name__ == "__main__":
+    main(parse(Config, __doc__, PRESETS))

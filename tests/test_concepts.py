@@ -1,0 +1,98 @@
+"""Words, prompts, paint: what a concept is, and that a picture's concept can be read off it."""
+
+import pytest
+import torch
+
+from concepts import (
+    COLOURS,
+    DIGITS,
+    PAIRS,
+    TEMPLATES,
+    ConceptJudge,
+    contains,
+    every_prompt,
+    fill,
+    next_of_its_kind,
+    paint,
+    read_colour,
+    read_digit,
+    read_prompts,
+    replace,
+    shown,
+)
+from unet import load_unet
+
+
+def test_every_template_names_both_and_every_prompt_is_another():
+    prompts = every_prompt()
+    assert len(prompts) == len(set(prompts)) == 720
+    for i, pair in enumerate(PAIRS):
+        for prompt in prompts[i * len(TEMPLATES) : (i + 1) * len(TEMPLATES)]:
+            assert [d for d in range(10) if contains(prompt, DIGITS[d])] == [pair[0]]
+            assert [k for k, colour in enumerate(COLOURS) if contains(prompt, colour)] == [pair[1]]
+
+
+@pytest.mark.parametrize("prompt, concept, there", [
+    ("a photo of a Red three", "three", True),
+    ("the number three in red", "red three", True),
+    ("a red five", "red three", False),
+    ("a threesome, hundred", "three", False),
+    ("a photo of Brad Pitt, smiling", "brad pitt", True),
+])
+def test_a_concept_is_there_when_all_of_its_words_are(prompt, concept, there):
+    assert contains(prompt, concept) == there
+
+
+@pytest.mark.parametrize("prompt, concept, override, result", [
+    ("a photo of a red three", "three", "eight", "a photo of a red eight"),
+    ("the number three in red", "red three", "blue eight", "the number eight in blue"),
+    ("a photo of Brad Pitt, smiling", "brad pitt", "a middle aged man", "a photo of a middle aged man, smiling"),
+    ("three threes and Three", "three", "two", "two threes and two"),
+])
+def test_a_concept_is_replaced_as_a_whole_or_word_by_word(prompt, concept, override, result):
+    assert replace(prompt, concept, override) == result
+
+
+def test_what_cannot_be_replaced_is_refused():
+    for prompt, concept, override in [("a red five", "three", "eight"), ("three in red", "red three", "eight")]:
+        with pytest.raises(ValueError, match="cannot be replaced"):
+            replace(prompt, concept, override)
+
+
+def test_the_next_of_its_kind():
+    assert [next_of_its_kind(c) for c in ("three", "nine", "red", "white", "red three")] == [
+        "four", "zero", "green", "red", "red four"]
+    with pytest.raises(ValueError, match="What is safe|what is safe"):
+        next_of_its_kind("Brad Pitt")
+
+
+def test_prompt_files(tmp_path):
+    (tmp_path / "p.txt").write_text("# a comment\n\na red seven \n  ein Ärmel\n", encoding="utf-8")
+    assert read_prompts(tmp_path / "p.txt") == ["a red seven", "ein Ärmel"]
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        read_prompts(tmp_path / "empty.txt")
+
+
+def test_the_judge_reads_what_was_painted():
+    """The shipped teacher's digits, painted: each in each colour."""
+    from unet import VPSchedule, ddim_sample
+
+    torch.manual_seed(0)
+    digits = torch.arange(10).repeat(2)
+    with torch.no_grad():
+        grey = ddim_sample(load_unet("mnist"), VPSchedule.linear(), torch.randn(20, 1, 28, 28), digits, steps=10)
+    judge, right = ConceptJudge(), 0
+    means, covariances = judge.real_moments()
+    for colour in range(6):
+        pictures = paint(grey, torch.full((20,), colour))
+        assert pictures.shape == (20, 3, 32, 32) and pictures.min() >= -1 and pictures.max() <= 1
+        torch.testing.assert_close(read_digit(pictures), grey, rtol=0, atol=1e-5)  # painting loses nothing
+        features, seen, colours = judge(pictures)
+        assert (colours == colour).all() and (read_colour(0.7 * (pictures + 1) - 1)[1] == colour).all()
+        right += (seen == digits).sum().item()
+        nearest = torch.cdist(features.double(), means).argmin(1)  # features of a pair are nearest to that pair's own mean
+        assert (nearest == digits * 6 + colour).double().mean() > 0.9
+    assert right >= 0.9 * 120
+    assert torch.equal(covariances[7, 128:], torch.zeros(3, 131).double()) and shown(1, 0, "red one")
+    assert fill("{colour} {digit}", *PAIRS[7]) == "green one"

@@ -1,0 +1,322 @@
+"""SFD on Stable Diffusion: its formulas against those of ddpm_sfd.py and against numpy, its prompts, its loop."""
+
+import copy
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import python, random_unet
+
+import ddpm_sfd
+import sd_sfd
+from concepts import contains, every_prompt
+from run import Run, parse
+from sd_sfd import Config, fake_score_loss, generator_loss, one_step, read_concept, train
+from stable_diffusion import Autoencoder, StableDiffusion, TextEncoder, save_stable_diffusion, word_tokenizer
+from unet import VPSchedule, load_unet
+
+SCHEDULE = VPSchedule.scaled_linear()
+ABAR = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+SMALL = dict(image_size=4, in_channels=4, attention_at=(4,), num_classes=None, text_dim=12, heads=2, dropout=0.0)
+
+
+@pytest.fixture
+def unet():
+    return random_unet(**SMALL)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A model of random weights, of 16 px pictures, in the layout of the hub."""
+    torch.manual_seed(0)
+    tokenizer = word_tokenizer(every_prompt(), 16)
+    text_encoder = TextEncoder(vocab_size=len(tokenizer.vocabulary), hidden_size=12, intermediate_size=24,
+                               num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16)
+    vae = Autoencoder(block_out_channels=(8, 8, 8), norm_num_groups=4, sample_size=16, scaling_factor=1.0)
+    path = tmp_path_factory.mktemp("sd") / "model"
+    save_stable_diffusion(StableDiffusion(tokenizer, text_encoder, vae, random_unet(**SMALL), SCHEDULE), path)
+    (path.parent / "prompts.txt").write_text("\n".join(every_prompt()))
+    return path
+
+
+class Affine(torch.nn.Module):
+    """A stand-in network that numpy can repeat: eps = p x + q mean(c) + r t / 1000."""
+
+    def __init__(self, p, q, r):
+        super().__init__()
+        self.p, self.q, self.r = p, q, r
+
+    def forward(self, x, t, c):
+        return self.p * x + (self.q * c.mean((1, 2)) + self.r * t / 1000)[:, None, None, None]
+
+    def guided(self, x, t, c, nothing, k):  # numpy
+        def eps(c):
+            return self.p * x + (self.q * c.mean((1, 2)) + self.r * t / 1000)[:, None, None, None]
+        return eps(nothing) + k * (eps(c) - eps(nothing))
+
+
+def case(seed=0, B=4):
+    g = np.random.default_rng(seed)
+    x, noise = g.normal(size=(2, B, 2, 3, 3))
+    return x, noise, g.integers(20, 980, B), *g.normal(size=(3, B, 5, 6)), g.normal(size=(1, 5, 6))
+
+
+def tensors(*arrays):
+    return [torch.from_numpy(np.asarray(a)) for a in arrays]
+
+
+def column(v):
+    return v[:, None, None, None]
+
+
+def test_fake_score_loss_is_the_formula_of_the_guided_prediction():  # (S2), (L1)
+    x, noise, t, c, _, _, nothing = case()
+    network = Affine(0.3, 0.5, -0.2)
+    x_t = column(np.sqrt(ABAR[t])) * x + column(np.sqrt(1 - ABAR[t])) * noise
+    for k in (1.0, 4.5):
+        expected = ((noise - network.guided(x_t, t, c, nothing, k)) ** 2).sum((1, 2, 3))
+        ours = fake_score_loss(network, *tensors(x, t, c, nothing, noise), SCHEDULE, k)
+        assert ours.shape == (4,)
+        np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-4)
+
+
+def test_generator_loss_and_its_gradient_are_the_formula():  # (S3), (S4), (L1) with another scale for each network
+    x, noise, t, c, c_safe, negative, nothing = case()
+    phi, psi, alpha, k4, k2 = Affine(0.3, 0.5, -0.2), Affine(0.25, 0.2, 0.1), 0.7, 4.5, 2.5
+    s, a = column(np.sqrt(1 - ABAR[t])), column(np.sqrt(ABAR[t]))
+
+    def f(x_g, network, c, nothing, k):
+        x_t = a * x_g + s * noise
+        return (x_t - s * network.guided(x_t, t, c, nothing, k)) / a
+
+    w = 1 / np.abs(f(x, phi, c_safe, negative, k4) - x).mean((1, 2, 3))
+
+    def L(x_g):
+        f_phi, f_psi = f(x_g, phi, c_safe, negative, k4), f(x_g, psi, c, nothing, k2)
+        return w * ((f_phi - f_psi) * (f_phi - x_g - alpha * (f_phi - f_psi))).sum((1, 2, 3))
+
+    x_g, noise_t, t_t, *texts = tensors(x, noise, t, c, c_safe, negative, nothing)
+    x_g.requires_grad_()
+    c_t, safe_t, negative_t, nothing_t = texts
+    ours = generator_loss(phi, psi, x_g, t_t, safe_t, c_t, negative_t, nothing_t, noise_t, SCHEDULE, alpha, k4, k2)
+    np.testing.assert_allclose(ours.detach().numpy(), L(x), rtol=1e-3)
+    ours.sum().backward()
+    for index in [(0, 0, 0, 0), (1, 1, 2, 0), (3, 0, 1, 2)]:
+        step = np.zeros_like(x)
+        step[index] = 1e-5
+        slope = (L(x + step).sum() - L(x - step).sum()) / 2e-5
+        assert x_g.grad[index].item() == pytest.approx(slope, rel=1e-3)
+
+
+def test_the_formulas_are_those_of_ddpm_sfd_but_for_the_guidance(unet):
+    z, noise, c, safe, nothing = (torch.randn(3, *shape) for shape in [(4, 4, 4)] * 2 + [(6, 12)] * 3)
+    t = torch.tensor([30, 500, 900])
+    torch.testing.assert_close(one_step(unet, z, c, SCHEDULE, 625), ddpm_sfd.one_step(unet, z, c, SCHEDULE, 625))
+    psi = random_unet(seed=1, **SMALL)
+    torch.testing.assert_close(fake_score_loss(psi, z, t, c, nothing, noise, SCHEDULE, 1.0),
+                               ddpm_sfd.fake_score_loss(psi, z, t, c, noise, SCHEDULE))
+    torch.testing.assert_close(
+        generator_loss(unet, psi, z, t, safe, c, nothing, nothing[:1], noise, SCHEDULE, 1.2, 1.0, 1.0),
+        ddpm_sfd.generator_loss(unet, psi, z, t, safe, c, noise, SCHEDULE, 1.2))
+    loss = torch.tensor([1.0, 3.0, 10.0, 20.0, 30.0])
+    assert sd_sfd.total(loss, 2, 0.5) == ddpm_sfd.total(loss, 2, 0.5) == 12
+
+
+# ---------------------------------------------------------------------------- prompts
+
+
+def test_neighbours_are_retained():
+    retained, forget, safe, negative = read_concept(Config(forget="red,three"))  # as nargs gives it
+    assert len(forget) == 12 and len(retained) == 708 and negative == ""
+    assert "a red five" in retained and "a blue three" in retained and "the number three in red" in forget
+    assert safe[forget.index("the number three in red")] == "the number four in red"
+    retained, forget, safe, _ = read_concept(Config(forget="red", override="blue"))
+    assert not any(contains(p, "red") for p in retained + safe) and all(contains(p, "blue") for p in safe)
+    assert len(retained) == 600
+
+
+def test_the_negative_prompt_takes_the_place_of_the_safe_one():
+    _, forget, safe, negative = read_concept(Config(forget="three", mode="negative"))
+    assert safe == forget and negative == "three"
+
+
+def test_subjects_are_joined_with_each_forbidden_word(tmp_path):
+    (tmp_path / "keep.txt").write_text("a tree\na nude tree\n")
+    (tmp_path / "people.txt").write_text("a woman\na {} man\n")
+    retained, forget, safe, negative = read_concept(Config(
+        forget="nude,naked", mode="negative", sd="folder", retain_prompts=str(tmp_path / "keep.txt"),
+        forget_prompts=str(tmp_path / "people.txt")))
+    assert retained == ["a tree"] and negative == "nude, naked"
+    assert forget == safe == ["a woman, nude", "a woman, naked", "a nude man", "a naked man"]
+
+
+def test_prompts_from_files(tmp_path):
+    (tmp_path / "keep.txt").write_text("a tree\na photo of Brad Pitt in a boat\n")
+    (tmp_path / "forget.txt").write_text("a photo of {}\n{}, smiling\n")
+    words = dict(sd=str(tmp_path), retain_prompts=str(tmp_path / "keep.txt"), forget_prompts=str(tmp_path / "forget.txt"))
+    retained, forget, safe, _ = read_concept(Config(forget="Brad,Pitt", override="a,middle,aged,man", **words))
+    assert retained == ["a tree"] and forget == ["a photo of Brad Pitt", "Brad Pitt, smiling"]
+    assert safe == ["a photo of a middle aged man", "a middle aged man, smiling"]
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--forget eleven", "stands in none of the prompts"),
+    ("--forget three --override three", "contains what is to be forgotten"),
+    ("--forget red three --override eight", "as many words"),
+    ("--sd nowhere", "--retain-prompts"),
+    ("--sd nowhere --retain-prompts {prompts}", "no folder 'nowhere'"),
+    ("--forget-prompts missing.txt", "missing.txt"),
+    ("--t-min 500 --t-max 400", "--t-min 500 must be below"),
+    ("--k-train -1", "at least 0"),
+    ("--mode gentle", "invalid choice"),
+    ("--init-generator mnist", "no network of the teacher's configuration"),
+])
+def test_bad_input_gets_one_line_and_status_2(words, message, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = words.format(prompts=folder.parent / "prompts.txt")
+    if "--sd" not in words and "--init" in words:
+        words += f" --sd {folder} --retain-prompts {folder.parent / 'prompts.txt'} --override eight"
+    monkeypatch.setattr(sys, "argv", ["sd_sfd.py", *words.split()])
+    with pytest.raises(SystemExit) as leaving:
+        sd_sfd.main(parse(Config, "", sd_sfd.PRESETS))
+    said = capsys.readouterr().err
+    assert leaving.value.code == 2 and message in said and len(said.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------- the loop
+
+
+def go(tmp_path, unet, **words):
+    config = Config(**dict(batch_size=4, forget_batch_size=2, steps=2, amp="off", out=str(tmp_path / "run"), device="cpu")
+                    | words)
+    run = Run(config, "")
+    g = torch.Generator().manual_seed(1)
+    prompts = [torch.randn(n, 6, 12, generator=g) for n in (5, 3, 3, 1, 1)]
+    return train(config, run, unet, SCHEDULE, prompts), run
+
+
+def test_a_run_trains_what_it_must_and_nothing_else(tmp_path, unet):
+    before = copy.deepcopy(unet.state_dict())
+    (generator, fake_score), run = go(tmp_path, unet)
+    assert all(torch.equal(v, before[k]) for k, v in unet.state_dict().items())  # the teacher stays
+    for network in (generator, fake_score):
+        assert all(not torch.equal(v, before[k]) for k, v in network.state_dict().items() if v.ndim > 1)
+    assert set(run.curves) == {"loss_psi", "loss_theta"}
+
+
+def test_zero_steps_change_no_bit(tmp_path, unet):
+    (generator, fake_score), _ = go(tmp_path, unet, steps=0)
+    for network in (generator, fake_score):
+        assert all(torch.equal(v, unet.state_dict()[k]) for k, v in network.state_dict().items())
+
+
+def test_without_an_average_the_result_is_theta_itself(tmp_path, unet):
+    (averaged, _), run = go(tmp_path / "a", unet)
+    (itself, _), _ = go(tmp_path / "b", unet, ema=0.0)
+    theta = run.state["generator"].state_dict()
+    assert all(torch.equal(v, theta[k]) for k, v in itself.state_dict().items())
+    assert any(not torch.equal(v, theta[k]) for k, v in averaged.state_dict().items())
+
+
+def test_checkpointing_and_parts_of_a_batch_change_cost_not_the_method(tmp_path, unet):
+    """With checkpointing the same numbers; in two parts, other draws, but as many pictures a step."""
+    (plain, _), run = go(tmp_path / "a", unet)
+    (again, _), _ = go(tmp_path / "b", unet, gradient_checkpointing=True)
+    for k, v in plain.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[k], v, rtol=1e-3, atol=1e-5)
+    seen = []
+    unet.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    (_, _), parts = go(tmp_path / "c", unet, accumulate=2, steps=1)
+    assert seen == [3, 6] * 2 + [3, 6, 6] * 2  # guidance doubles 2 + 1 pictures for the teacher and the fake score
+    assert np.isfinite(parts.curves["loss_theta"]).all()
+
+
+def test_the_teacher_alone_is_told_the_safe_prompt_and_the_negative_one(tmp_path, unet, monkeypatch):
+    told = []
+
+    def spy(teacher, fake_score, x_g, t, c_teacher, c_fake, nothing_teacher, nothing, *rest):
+        told.append((c_teacher, c_fake, nothing_teacher, nothing))
+        return generator_loss(teacher, fake_score, x_g, t, c_teacher, c_fake, nothing_teacher, nothing, *rest)
+
+    monkeypatch.setattr(sd_sfd, "generator_loss", spy)
+    go(tmp_path, unet, steps=1)
+    [(c_teacher, c_fake, nothing_teacher, nothing)] = told
+    g = torch.Generator().manual_seed(1)
+    retained, forget, safe, negative, empty = (torch.randn(n, 6, 12, generator=g) for n in (5, 3, 3, 1, 1))
+    assert torch.equal(c_teacher[:4], c_fake[:4]) and all(any(torch.equal(c, r) for r in retained) for c in c_fake[:4])
+    for asked, safely in zip(c_fake[4:], c_teacher[4:]):
+        [i] = [i for i in range(3) if torch.equal(asked, forget[i])]
+        assert torch.equal(safely, safe[i])
+    assert torch.equal(nothing, empty) and torch.equal(nothing_teacher[:4], empty.repeat(4, 1, 1))
+    assert torch.equal(nothing_teacher[4:], negative.repeat(2, 1, 1))
+
+
+def test_a_tenth_of_the_prompts_is_dropped_in_the_fake_scores_training_alone(tmp_path, unet, monkeypatch):
+    dropped = []
+
+    def spy(fake_score, x_g, t, c, nothing, *rest):
+        dropped.append((c == nothing).all(dim=(1, 2)).float().mean().item())
+        return x_g.sum((1, 2, 3)) * 0 + fake_score(x_g, t, c).sum()
+
+    monkeypatch.setattr(sd_sfd, "fake_score_loss", spy)
+    monkeypatch.setattr(sd_sfd, "generator_loss", lambda teacher, psi, x_g, t, ct, c, *rest: x_g.sum((1, 2, 3)))
+    go(tmp_path, unet, batch_size=1500, forget_batch_size=500, steps=1, prompt_dropout=0.1)
+    assert 0.07 < dropped[0] < 0.13
+    go(tmp_path / "none", unet, batch_size=100, steps=1, prompt_dropout=0.0)
+    assert dropped[1] == 0
+
+
+def words_for(folder, out, more=""):
+    return (f"sd_sfd.py --sd {folder} --retain-prompts {folder.parent / 'prompts.txt'} --forget three --override eight "
+            f"--batch-size 4 --forget-batch-size 2 --steps 4 --eval-images 0 --device cpu --out {out} {more}")
+
+
+def test_a_run_from_a_folder_with_its_pictures_and_its_resumption(folder, tmp_path):
+    done = python(words_for(folder, "whole", "--save-every 2"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    whole = tmp_path / "whole"
+    assert {p.name for p in whole.iterdir()} == {"config.json", "metrics.json", "samples_before.png", "samples_after.png",
+                                                 "curves.png", "generator.safetensors", "fake_score.safetensors",
+                                                 "checkpoint.pt"}
+    assert json.loads((whole / "metrics.json").read_text())["forget"] == "three"
+    generator = load_unet(whole / "generator.safetensors")
+    assert generator.card["t_init"] == 625 and generator.text_dim == 12
+
+
+def test_resuming_ends_in_the_same_bits(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save = Run.save
+
+    def save_and_die(run, path):
+        save(run, path)
+        if run.step == 2:
+            raise KeyboardInterrupt
+
+    def main(out, more=""):
+        monkeypatch.setattr(sys, "argv", words_for(folder, out, f"--save-every 2 {more}").split())
+        sd_sfd.main(parse(Config, "", sd_sfd.PRESETS))
+        return load_unet(tmp_path / out / "generator.safetensors").state_dict()
+
+    whole = main("whole")
+    monkeypatch.setattr(Run, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        main("part")
+    assert not (tmp_path / "part" / "metrics.json").exists()
+    again = main("part", "--resume")
+    assert all(torch.equal(again[k], v) for k, v in whole.items())
+
+
+def test_two_processes_train_one_network(folder, tmp_path):
+    done = python(words_for(folder, "ddp"), tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "ddp" / "metrics.json").read_text())["processes"] == 2
+
+
+def test_weights_in_half_precision_and_the_negative_prompt(folder, tmp_path):
+    done = python(words_for(folder, "bf16", "--weights bf16 --mode negative --amp bf16"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name, tensor in load_unet(tmp_path / "bf16" / "generator.safetensors").state_dict().items():
+        assert torch.equal(tensor, tensor.bfloat16().float()), name
