@@ -28,16 +28,18 @@ only with each other: each report has the teacher's own and that of real test im
 weigh the same. Real and generated images alike are rounded to 8 bits before the classifier sees them.
 """
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 
+from concepts import PAIRS, TEMPLATES, every_prompt, fill, shown
 from data import mnist
 from features import Judge, load_classifier, look  # noqa: F401 (for the notebooks, too)
 from run import checksum, choose_amp, choose_device, commit, machine, option, parse, refuse, refusing, write_json
 from samples import balanced_labels, generate, image_grid, sampler_of, unconditional_sampler  # noqa: F401 (the same)
-from unet import VPSchedule, load_unet
+from unet import VPSchedule, load_unet, read_tensors
 
 # ---------------------------------------------------------------------------- from labels
 
@@ -303,12 +305,88 @@ def evaluate_unconditional(sample, judge, forget, n=2000, teacher=None, teacher_
     }
 
 
+# ---------------------------------------------------------------------------- concepts, of the tiny text-to-image model
+
+
+def draw_concepts(sample, sd, per_pair, seed, device, bar=None):
+    """`per_pair` pictures of each digit in each colour, the prompts' templates in turn: pictures (N, 3, 32, 32), the
+    numbers of their pairs (N,), and the seconds they took. sample: (z, c, noise) -> pictures, c text embeddings."""
+    pairs = torch.arange(len(PAIRS)).repeat(per_pair)
+    templates = torch.arange(per_pair).repeat_interleave(len(PAIRS)) % len(TEMPLATES)
+    with torch.no_grad():
+        c = sd.embed(every_prompt())[(pairs * len(TEMPLATES) + templates).to(device)]
+    pictures, seconds = generate(sample, c, sd.unet.image_shape, seed, device, 120, bar)
+    return pictures, pairs, seconds
+
+
+def load_concept_statistics(path="tiny-sd/statistics"):
+    """What the tiny model's own pictures show: features (N, 131), digits, colours and pairs (N,)."""
+    tensors, _ = read_tensors(path, "concept statistics")
+    return tensors["features"].float(), tensors["digits"], tensors["colours"], tensors["pairs"]
+
+
+def evaluate_concept(sample, sd, judge, concept, per_pair, seed, teacher, nfe=1):
+    """What a network still draws of a concept ("three", "red", "red three"; "" for none) and of all others.
+
+    sample: (z, c, noise) -> pictures. judge: a ConceptJudge. teacher: its features (N, 131), digits, colours and pairs,
+    as `pretrain.py tiny-sd` keeps them; they stand beside each number. Returns a dictionary for metrics.json:
+
+    ua                 share of pictures asked for with the concept that do not show it
+    became             what they show instead: the three most frequent, and their shares
+    retained_accuracy  share of all other pictures that show both the digit and the colour that were asked for
+    near, far          the same of prompts that share a word with the concept (red fives; None: there are none), and of
+                       the others
+    fid                of all other pictures, against real ones painted in these colours
+    """
+    pictures, pairs, seconds = draw_concepts(sample, sd, per_pair, seed, judge.device, "to judge")
+    means, covariances = judge.real_moments()
+    asked = torch.tensor([bool(concept) and shown(*pair, concept) for pair in PAIRS])
+    near = torch.tensor([any(shown(*pair, word) for word in concept.split()) for pair in PAIRS]) & ~asked
+
+    def numbers(features, digits, colours, pairs):
+        right = (torch.stack([digits, colours], 1) == torch.tensor(PAIRS)[pairs]).all(1)
+        kept = ~asked[pairs]
+
+        def accuracy(mask):
+            return right[mask].double().mean().item() if mask.any() else None
+
+        result = {"retained_accuracy": accuracy(kept), "near": accuracy(near[pairs]),
+                  "far": accuracy(kept & ~near[pairs]),
+                  "fid": frechet_distance(*moments(features[kept]), *pool(means[~asked], covariances[~asked]))}
+        if not kept.all():
+            there = list(zip(digits[~kept].tolist(), colours[~kept].tolist()))
+            names = Counter(fill("{colour} {digit}", *pair) for pair in there)
+            result |= {"ua": sum(not shown(*pair, concept) for pair in there) / len(there), "ua_images": len(there),
+                       "became": {name: n / len(there) for name, n in names.most_common(3)}}
+        return result
+
+    return numbers(*judge(pictures), pairs) | {f"teacher_{k}": v for k, v in numbers(*teacher).items()} | {
+        "nfe": nfe, "seconds_per_1000": 1000 * seconds / len(pictures), "images_per_pair": per_pair,
+        "images": len(pictures), "evaluation_seed": seed,
+        "features": "penultimate layer of mnist-classifier on the brightest channel, 128; mean ink, 3",
+        "reference": "MNIST, training images, as painted in the colours of the retained prompts",
+        "preprocessing": "clipped to [-1, 1], rounded to 8 bits"}
+
+
 # ---------------------------------------------------------------------------- for people
 
 
 def table(result):
     """The report for people: one line a number."""
     rows = []
+    if "far" in result:
+        def beside(name):
+            return "none" if result[name] is None else f"{result[name]:.2%}   (teacher {result[f'teacher_{name}']:.2%})"
+
+        if "ua" in result:
+            rows = [("UA (concept gone)", f"{result['ua']:.2%} of {result['ua_images']:,} pictures"),
+                    ("it draws instead", ", ".join(f"{v:.1%} {k}s" for k, v in result["became"].items()))]
+        rows += [("retained accuracy", beside("retained_accuracy")), ("near the concept", beside("near")),
+                 ("far from it", beside("far")),
+                 ("FID on retained prompts", f"{result['fid']:.3f}   (teacher {result['teacher_fid']:.3f})"),
+                 ("network calls a picture", f"{result['nfe']}"),
+                 ("seconds per 1,000", f"{result['seconds_per_1000']:.2f}")]
+        return "\n".join(f"{name:>26}  {value}" for name, value in rows)
     if "pul" in result:
         rows = [
             ("PUL (forgotten class gone)", f"{result['pul']:.2%}   ({result['n_before']} before, {result['n_after']} "

@@ -279,14 +279,18 @@ class Run:
             return network
         return DistributedDataParallel(network, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
-    def update(self, name, loss, network, optimizer, clip_value=None):
-        """One optimizer step down `loss`; gradients clipped by value. With fp16 the loss is scaled against underflow,
-        and a step whose scaled gradients overflow is skipped, as usual; any other NaN or infinity stops the run."""
+    def update(self, name, losses, network, optimizer, clip_value=None):
+        """One optimizer step down a loss, or down the sum of several, each computed when its turn has come (parts of a
+        batch); returns it. Gradients are clipped by value. With fp16 the loss is scaled against underflow, and a step
+        whose scaled gradients overflow is skipped, as usual; any other NaN or infinity stops the run."""
         optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        total = 0.0
+        for loss in [losses] if torch.is_tensor(losses) else losses:
+            self.scaler.scale(loss).backward()
+            total = total + loss.detach()
         self.scaler.unscale_(optimizer)
         gradients = [p.grad for p in network.parameters() if p.grad is not None]
-        finite = torch.stack([loss.detach(), *torch._foreach_norm(gradients)]).isfinite()
+        finite = torch.stack([total, *torch._foreach_norm(gradients)]).isfinite()
         if not finite[0]:
             self.stop(name)
         if not finite.all() and not self.scaler.is_enabled():
@@ -295,6 +299,7 @@ class Run:
             torch.nn.utils.clip_grad_value_(network.parameters(), clip_value)
         self.scaler.step(optimizer)
         self.scaler.update()
+        return total
 
     def any_process(self, flag):
         """Whether `flag` is true in any of the processes; all of them must ask."""
