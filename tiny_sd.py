@@ -19,8 +19,8 @@ from unet import UNet, VPSchedule, ddim_sample, write_tensors
 
 AUTOENCODER = dict(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, sample_size=32)
 TEXT_ENCODER = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
-UNET = dict(image_size=8, in_channels=4, channels=64, multipliers=(1, 2), blocks=1, attention_at=(8, 4), text_dim=64,
-            heads=4, dropout=0.0, groups=16)
+UNET = dict(image_size=8, in_channels=4, channels=48, multipliers=(1, 2), blocks=1, attention_at=(8,), text_dim=64,
+            heads=4, dropout=0.0, groups=8)
 MAX_LENGTH = 16  # tokens of a prompt, begin and end included
 KL_WEIGHT = 1e-3  # of the latents' Gaussian against the standard one, beside the error of the pixels
 

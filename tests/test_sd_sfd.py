@@ -320,3 +320,16 @@ def test_weights_in_half_precision_and_the_negative_prompt(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     for name, tensor in load_unet(tmp_path / "bf16" / "generator.safetensors").state_dict().items():
         assert torch.equal(tensor, tensor.bfloat16().float()), name
+
+
+def test_the_parts_of_a_batch_are_one_step(tmp_path):
+    """run.update down several losses, each computed when its turn has come: the step down their sum."""
+    config, nets = Config(out=str(tmp_path / "run"), device="cpu", amp="off"), [torch.nn.Linear(3, 1) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    run, x = Run(config, ""), torch.randn(4, 3)
+    total = run.update("loss", (nets[0](part).square().sum() for part in x.split(1)), nets[0],
+                       torch.optim.SGD(nets[0].parameters(), lr=0.1))
+    loss = nets[1](x).square().sum()
+    run.update("loss", loss, nets[1], torch.optim.SGD(nets[1].parameters(), lr=0.1))
+    torch.testing.assert_close(total, loss.detach())
+    torch.testing.assert_close(nets[0].weight, nets[1].weight)
