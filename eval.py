@@ -3,6 +3,7 @@
     python eval.py runs/ddpm_sfd-mnist-forget0/generator.safetensors --forget 0
     python eval.py mnist --sampler ddim --steps 50
     python eval.py mnist --sampler ancestral --data data      # with the real images also precision and recall
+    python eval.py runs/sd_sfd-tiny-forget-three/generator.safetensors
 
 What each number says, and what it misses:
 
@@ -34,12 +35,13 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
-from concepts import PAIRS, TEMPLATES, every_prompt, fill, shown
+from concepts import PAIRS, TEMPLATES, ConceptJudge, every_prompt, fill, shown
 from data import mnist
 from features import Judge, load_classifier, look  # noqa: F401 (for the notebooks, too)
 from run import checksum, choose_amp, choose_device, commit, machine, option, parse, refuse, refusing, write_json
 from samples import balanced_labels, generate, image_grid, sampler_of, unconditional_sampler  # noqa: F401 (the same)
-from unet import VPSchedule, load_unet, read_tensors
+from stable_diffusion import load_stable_diffusion
+from unet import VPSchedule, ddim_sample, load_unet, read_tensors
 
 # ---------------------------------------------------------------------------- from labels
 
@@ -438,6 +440,7 @@ class Config:
     forget: str = option("auto", "classes that should be gone; auto: what the checkpoint's card says; none", nargs="+")
     per_class: int = option(300, "images of each class; FIDs compare only at equal numbers", low=2)
     images: int = option(2000, "images of an unconditional checkpoint", low=100)
+    per_pair: int = option(20, "pictures of each digit in each colour, of a text-to-image checkpoint", low=1)
     data: str = option("", "folder with MNIST: adds precision and recall against its training images")
     classifier: str = option("mnist-classifier", "shipped name or file")
     statistics: str = option("mnist-statistics", "shipped name or file")
@@ -454,10 +457,42 @@ def show(config, result, forget, kind, device):
                                          "machine": machine(device), "commit": commit(), "config": asdict(config)})
 
 
+def main_of_concepts(config, unet, device):
+    """The command, for a network of the tiny text-to-image model."""
+    kind = config.sampler if config.sampler != "auto" else "one-step" if "t_init" in unet.card else "ddim"
+    with refusing():
+        sd = load_stable_diffusion(unet.card.get("sd", "tiny-sd")).to(device)
+        concept = unet.card.get("forget", "none") if config.forget == "auto" else config.forget.replace(",", " ")
+        if sd.unet.config != unet.config or sd.unet.image_shape != (4, 8, 8):
+            raise ValueError(f"{config.checkpoint} is no network of the tiny model: its pictures cannot be read")
+        if concept != "none" and not any(shown(*pair, concept) for pair in PAIRS):
+            raise ValueError(f"--forget {concept}: the tiny model draws digits (three) in colours (red)")
+        if kind == "ancestral" or (kind == "one-step" and "t_init" not in unet.card):
+            raise ValueError(f"--sampler {kind}: {config.checkpoint} can be sampled with ddim" +
+                             (" or one-step" if "t_init" in unet.card else ""))
+        teacher = load_concept_statistics()
+    with torch.no_grad():
+        nothing = sd.embed([""])
+    one_step = sampler_of(unet, sd.schedule, kind)[0]
+
+    def sample(z, c, noise):
+        latents = one_step(z, c, noise) if kind == "one-step" else ddim_sample(
+            unet, sd.schedule, z, c, config.steps, config.eta, config.guidance, False, noise, nothing)
+        return sd.vae.decode(latents)
+
+    calls = 1 if kind == "one-step" else config.steps * (1 if config.guidance == 1 else 2)
+    result = evaluate_concept(sample, sd, ConceptJudge().to(device), "" if concept == "none" else concept,
+                              config.per_pair, config.seed, teacher, calls)
+    show(config, result, concept, kind, device)
+
+
 def main(config):
     device = choose_device(config.device)
     with refusing():
         unet = load_unet(config.checkpoint).to(device)
+    if unet.text_dim is not None:
+        return main_of_concepts(config, unet, device)
+    with refusing():
         judge = Judge(unet, config.classifier, config.statistics)
         said = ",".join(map(str, unet.card.get("forget", []))) or "none"
         forget = parse_classes(said if config.forget == "auto" else config.forget, 10)
