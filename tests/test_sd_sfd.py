@@ -15,7 +15,7 @@ from concepts import contains, every_prompt
 from run import Run, parse
 from sd_sfd import Config, fake_score_loss, generator_loss, one_step, read_concept, train
 from stable_diffusion import Autoencoder, StableDiffusion, TextEncoder, save_stable_diffusion, word_tokenizer
-from unet import VPSchedule, load_unet
+from unet import UNet, VPSchedule, load_unet
 
 SCHEDULE = VPSchedule.scaled_linear()
 ABAR = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
@@ -333,3 +333,25 @@ def test_the_parts_of_a_batch_are_one_step(tmp_path):
     run.update("loss", loss, nets[1], torch.optim.SGD(nets[1].parameters(), lr=0.1))
     torch.testing.assert_close(total, loss.detach())
     torch.testing.assert_close(nets[0].weight, nets[1].weight)
+
+
+@pytest.mark.slow
+def test_a_step_at_stable_diffusions_size_fits_into_24_gib(tmp_path):
+    """Both networks, both terms, at the real shapes with random weights: three U-Nets of 860 million parameters."""
+    resource = pytest.importorskip("resource")
+    with torch.device("meta"):
+        unet = UNet(image_size=64, in_channels=4, channels=320, multipliers=(1, 2, 4, 4), blocks=2,
+                           attention_at=(64, 32, 16), text_dim=768, heads=8, dropout=0.0)
+    unet = unet.to(torch.bfloat16).to_empty(device="cpu")
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964  # Stable Diffusion 1.5's
+    for p in unet.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    unet.image_shape = (4, 8, 8)  # small latents: the weights are what takes the memory
+    config = Config(steps=1, batch_size=1, forget_batch_size=1, amp="bf16", weights="bf16", ema=0.0, k_train=4.5,
+                    gradient_checkpointing=True, out=str(tmp_path / "run"), device="cpu")
+    run = Run(config, "")
+    run.save = lambda path: None  # 14 GiB of checkpoint are not what is tested here
+    prompts = [torch.randn(1, 77, 768) for _ in range(5)]
+    train(config, run, unet, SCHEDULE, prompts)
+    assert all(np.isfinite(run.curves[name]).all() for name in ("loss_psi", "loss_theta"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 24 * 2**20  # KiB

@@ -1,0 +1,101 @@
+"""What makes weights/tiny-sd, on a data set of forty images; and the model that ships."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, python
+
+import pretrain
+import tiny_sd
+from concepts import PAIRS, every_prompt
+from eval import load_concept_statistics
+from run import Run
+from stable_diffusion import load_stable_diffusion
+from test_pretrain import data  # noqa: F401 (a fixture)
+from unet import read_tensors
+
+
+def run_of(tmp_path, name, data, **words):  # noqa: F811
+    settings = dict(what="tiny-sd", data=str(data), steps=2, batch_size=4, amp="off", device="cpu", lr_down=0.4,
+                    out=str(tmp_path / name), per_pair=1)
+    config = pretrain.Config(**settings | words)
+    return config, Run(config, "")
+
+
+def test_the_commands_make_a_folder_in_the_hubs_layout(tmp_path, data, monkeypatch):  # noqa: F811
+    done = python(f"pretrain.py tiny-sd-autoencoder --data {data} --steps 3 --batch-size 4 --out a", tmp_path)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(tiny_sd, "STEPS", 2)
+    config, run = run_of(tmp_path, "b", data, init=str(tmp_path / "a/tiny-sd-autoencoder.safetensors"))
+    pretrain.make_tiny_sd(config, run)
+    sd = load_stable_diffusion(tmp_path / "b/tiny-sd")
+    assert sd.tokenizer(every_prompt()).shape == (720, 16) and sd.unet.image_shape == (4, 8, 8)
+    card = json.loads((tmp_path / "b/tiny-sd/card.json").read_text())
+    assert card["scores"]["images"] == 60 and 0 <= card["scores"]["both_right"] <= 1 and card["steps"] == 2
+    tensors, facts = read_tensors(tmp_path / "b/tiny-sd/statistics.safetensors", "concept statistics")
+    assert tensors["features"].shape == (60, 131) and sorted(tensors["pairs"].tolist()) == list(range(60))
+    assert facts["sampler"] == "DDIM, 2 steps, guidance 4.5"
+
+
+def test_the_scaling_factor_brings_latents_to_unit_variance(tmp_path, data):  # noqa: F811
+    config, run = run_of(tmp_path, "a", data, steps=30)
+    vae = tiny_sd.train_autoencoder(config, run)
+    latents, pairs = tiny_sd.encode_twice(vae, *tiny_sd.mnist(str(data), train=True), "cpu")
+    mean, logvar = latents.chunk(2, dim=1)
+    drawn = vae.scaling_factor * (mean + (logvar / 2).exp() * torch.randn_like(mean))
+    assert drawn.shape == (80, 4, 8, 8) and drawn.std().item() == pytest.approx(1, abs=0.1)
+    digits = torch.tensor(PAIRS)[pairs, 0]
+    assert torch.equal(digits, torch.arange(80) % 10)  # the digit that was painted is the digit that is asked for
+
+
+def test_resuming_does_not_depend_on_what_was_encoded(tmp_path, data):  # noqa: F811
+    vae = tiny_sd.Autoencoder(**tiny_sd.AUTOENCODER | {"scaling_factor": 1.0})
+    expected = tiny_sd.train(*run_of(tmp_path, "whole", data), vae)
+    config, run = run_of(tmp_path, "part", data, save_every=1)
+    steps = run.loop
+
+    def one_step_only(state, label):  # as if it were killed behind the first step
+        for step in steps(state, label):
+            if step == 1:
+                raise KeyboardInterrupt
+            yield step
+
+    run.loop = one_step_only
+    with pytest.raises(KeyboardInterrupt):
+        tiny_sd.train(config, run, vae)
+    again = tiny_sd.train(*run_of(tmp_path, "part", data, resume=True), vae)
+    for ours, theirs in ((again.unet, expected.unet), (again.text_encoder, expected.text_encoder)):
+        assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
+
+
+# ---------------------------------------------------------------------------- the model that ships
+
+
+def test_the_shipped_model_draws_what_it_is_asked_for():
+    """At least 95% of 1,200 pictures, says its card; here the statistics that were kept of them."""
+    _, digits, colours, pairs = load_concept_statistics()
+    right = (torch.stack([digits, colours], 1) == torch.tensor(PAIRS)[pairs]).all(1)
+    card = json.loads((ROOT / "weights/tiny-sd/card.json").read_text())
+    assert len(pairs) == 1200 and right.double().mean().item() == pytest.approx(card["scores"]["both_right"])
+    assert right.double().mean() >= 0.95
+    files = [path for path in (ROOT / "weights/tiny-sd").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 12e6
+
+
+def test_diffusers_pipeline_draws_the_same_picture_from_the_shipped_model():
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    from unet import ddim_sample
+
+    folder, prompts = ROOT / "weights/tiny-sd", ["a red seven", "the number three in blue"]
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(str(folder))
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, steps_offset=0)
+    pipeline.set_progress_bar_config(disable=True)
+    sd, z = load_stable_diffusion(), torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs = pipeline(prompts, latents=z, num_inference_steps=50, guidance_scale=4.5, output_type="pt").images
+        latents = ddim_sample(sd.unet, sd.schedule, z, sd.embed(prompts), 50, guidance=4.5, x0_clip=False,
+                              null=sd.embed([""]))
+        ours = ((sd.vae.decode(latents) + 1) / 2).clamp(0, 1)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
