@@ -54,7 +54,7 @@ from unet import VPSchedule, ddim_sample, load_unet, save_unet
 OFFICIAL = dict(  # the settings of the official code's CIFAR-10 run
     steps=50_000, batch_size=128, forget_batch_size=128, lr_generator=1e-5, lr_fake_score=1e-5, lr_end=1.0, alpha=1.2,
     lambda_generator=0.01, lambda_fake_score=0.01, t_init=440, t_min=38, t_max=712, ema=0.9999, clip_value=1.0,
-    classifier="none",
+    clip_images="off", classifier="none",
 )
 PRESETS = {
     "mnist": {},  # the defaults below
@@ -87,6 +87,8 @@ class Config:
     t_max: int = option(600, "the step before which they end; official: 712", low=1, high=1000)
     ema: float = option(0.97, "decay of theta's weight average, the result; official: 0.9999", low=0, high=1)
     clip_value: float = option(1.0, "each gradient entry is clipped to +-this; official: 1", low=0)
+    clip_images: str = option("on", "clip x_g to [-1, 1] before the scores see it, as it is before anyone looks at it; "
+                              "our choice; official: off", choices=["on", "off"])
     amp: str = option("auto", "mixed precision; auto: bf16 where it is native", choices=["auto", "bf16", "fp16", "off"])
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
     seed: int = option(0, "seed of everything random", low=0)
@@ -205,6 +207,8 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
         generator.train()
         with run.autocast():
             x_g = one_step(parallel_generator, z, c, schedule, config.t_init)  # (S1)
+        if config.clip_images == "on":  # what lies beyond black is black: grain in a background ends there, at no cost
+            x_g = x_g.clamp(-1, 1)
 
         # 1. the fake score learns the generator's distribution
         fake_score.train().requires_grad_(True)

@@ -6,6 +6,7 @@ Models under Data Constraints: A Variational Inference Approach"), TMLR 2026, ar
     python vdu.py --forget 1                          # from two CPU cores to a GPU
     python vdu.py --forget 1 --images 10              # all we have of it is ten images
     python vdu.py --forget 1 --data my_images/        # a folder of pictures of what is to go
+    python vdu.py --sd tiny-sd --forget red           # a feature, from a text-to-image model
 
 The idea. Training gave us a belief about the weights, the posterior p(theta | D): a Gaussian around the weights mu*
 that we use, wide (sigma*) where independent trainings disagree, narrow where they agree. What we would like is the
@@ -32,7 +33,7 @@ Glossary. The labels stand on the lines that do them; (D1) to (D3) are in unet.p
 
     unet, theta     theta       the network, begun at mu*
     mean, variance  mu*, s*^2   the posterior of each weight, given all data; name -> tensor
-    x0              x_0 in D_f  an undesired image, (B, C, H, W), in [-1, 1]
+    x0              x_0 in D_f  an undesired image, (B, C, H, W), in [-1, 1]; with --sd its latent
     w               w_t         what the error at step t weighs in the bound                     (V3)
     A               A           plasticity inducer, minimised: minus the denoising error on D_f  (V3)
     B               B           stability regularizer                                            (V4)
@@ -46,12 +47,21 @@ import torch
 from torchvision.io import ImageReadMode, read_image
 from torchvision.transforms.functional import center_crop, resize
 
+from concepts import ConceptJudge, contains, every_prompt, prompt_grid
 from convert import load_teacher
 from data import cifar10, mnist
-from eval import check_forget, evaluate_unconditional, parse_classes, table
+from eval import (
+    check_forget,
+    evaluate_concept,
+    evaluate_unconditional,
+    load_concept_statistics,
+    parse_classes,
+    table,
+)
 from features import Judge
 from run import Run, checksum, option, parse, refusing
 from samples import generate, image_grid, unconditional_sampler
+from stable_diffusion import load_stable_diffusion
 from unet import VPSchedule, ddim_sample, load_unet, read_tensors, save_unet
 
 # ---------------------------------------------------------------------------- config
@@ -65,12 +75,16 @@ PRESETS = {
 class Config:
     preset: str = option("mnist", "settings to start from", choices=list(PRESETS))
     forget: str = option("1", "class or classes to forget", nargs="+")
+    sd: str = option("", "feature unlearning in a text-to-image model: tiny-sd, or a folder as the hub serves Stable "
+                     "Diffusion 1.x; --forget is then a word or a phrase")
+    prompt: str = option("", "--sd: what pictures of a folder are called; the forgotten phrase if not given", nargs="+")
     data: str = option("auto", "the undesired images: a folder with MNIST, CIFAR-10, tiny ImageNet or pictures; "
-                               "teacher: drawn from the class-conditional one; auto: data/, a download, else teacher")
+                               "teacher: drawn from the class-conditional one, or by --sd itself from its prompts; "
+                               "auto: data/, a download, else teacher")
     images: int = option(100, "how many undesired images are at hand; 0: as many as --data has", low=0)
     teacher: str = option("mnist-unconditional", "a shipped name, a file, a URL or hub:ORG/NAME; see convert.py")
-    posterior: str = option("mnist-unconditional-posterior", "the variance of the teacher's weights: a shipped name, a "
-                            "file, or the files of K >= 2 teachers to take it from", nargs="+")
+    posterior: str = option("auto", "the variance of the teacher's weights: a shipped name, a file, or the files of K "
+                            ">= 2 teachers to take it from; auto: what ships for the shipped ones", nargs="+")
     steps: int = option(60, "training steps, at most; our choice", low=0)
     stop_at: float = option(1.25, "end when the error on some fixed noised images of D_f has grown by this factor; 0: "
                             "never; our choice", low=0)
@@ -163,8 +177,9 @@ class NaturalGradient(torch.optim.Optimizer):
             p -= group["lr"] * v * g / length.clamp(min=1e-30)
 
 
-def train(config, run, unet, variance, images, schedule):
-    """VDU on `unet`, from mu* on and in place. images (N, C, H, W): D_f; variance: name -> tensor, sigma*^2."""
+def train(config, run, unet, variance, images, schedule, texts=None):
+    """VDU on `unet`, from mu* on and in place. images (N, C, H, W): D_f; variance: name -> tensor, sigma*^2; texts
+    (N, L, D): what each image is called, for a U-Net that takes text."""
     unet.eval().requires_grad_(True)  # no dropout: theta is what q says, not a thinned version of it
     mean = {name: theta.detach().clone() for name, theta in unet.named_parameters()}  # mu*
     if config.covariance == "identity":
@@ -181,22 +196,23 @@ def train(config, run, unet, variance, images, schedule):
     images = images.to(run.device)
 
     def draw(n):
-        x0 = images[torch.randint(len(images), (n,), device=run.device)]
-        return x0, torch.randint(config.t_min, config.t_max, (n,), device=run.device), torch.randn_like(x0)
+        pick = torch.randint(len(images), (n,), device=run.device)
+        t = torch.randint(config.t_min, config.t_max, (n,), device=run.device)
+        return images[pick], t, torch.randn_like(images[pick]), None if texts is None else texts[pick]
 
-    probe = draw(64)  # the same images, steps and noise throughout: its error shows the change in theta alone
+    *probe, probe_text = draw(64)  # the same throughout: its error shows the change in theta alone
 
     @torch.no_grad()
     def probe_error():
         with run.autocast():
-            return -plasticity_inducer(unet, *probe, schedule, weighting=config.weighting).mean()
+            return -plasticity_inducer(unet, *probe, schedule, probe_text, config.weighting).mean()
 
     error_at_mean = probe_error()
 
     for _ in run.loop({"unet": unet, "optimizer": optimizer}, label="VDU"):
-        x0, t, noise = draw(batch)
+        x0, t, noise, c = draw(batch)
         with run.autocast():
-            A = plasticity_inducer(network, x0, t, noise, schedule, weighting=config.weighting).mean()  # (V3)
+            A = plasticity_inducer(network, x0, t, noise, schedule, c, config.weighting).mean()  # (V3)
         B = stability_regularizer(unet, mean, variance)  # (V4)
         A, B = (A / pixels, B / weights) if config.reduction == "mean" else (schedule.T * A, B)
         loss = (1 - config.gamma) * A + config.gamma * B  # (V5) L = (1 - gamma) A + gamma B
@@ -264,6 +280,34 @@ def undesired_images(source, forget, shape, n=0, seed=0):
     return images, f"{len(images)} images from {source}"
 
 
+def undesired_pictures(config, sd, concept):
+    """D_f of a text-to-image model: pictures (N, 3, H, W) in [-1, 1], what each is called, and where they come from.
+
+    From a folder, all called `--prompt`; or drawn by the model itself, from its prompts with the concept. ValueError
+    when there are no such prompts or pictures."""
+    side = sd.unet.config["image_size"] * 2 ** (len(sd.vae.config["block_out_channels"]) - 1)
+    if config.data not in ("auto", "teacher"):
+        pictures, origin = undesired_images(config.data, [0], (3, side, side), config.images, config.seed)
+        return pictures, [config.prompt.replace(",", " ") or concept] * len(pictures), origin
+    prompts, n = [prompt for prompt in every_prompt() if contains(prompt, concept)], config.images or 1000
+    if config.sd != "tiny-sd" or not prompts:
+        raise ValueError(f"--forget {concept!r} is in no prompt of the tiny model; --data names a folder of pictures")
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    names = [prompts[order[i % len(prompts)]] for i in range(n)]
+    with torch.no_grad():
+        pictures, _ = generate(guided_sampler(sd, sd.unet), sd.embed(names), sd.unet.image_shape, config.seed, "cpu",
+                               bar="drawing")
+    return pictures, names, f"{n} pictures drawn by the model itself from its prompts with {concept!r}"
+
+
+def guided_sampler(sd, unet):
+    """How text-to-image models are drawn from here: 50 DDIM steps, guidance 4.5. (z, c, noise) -> pictures."""
+    def sample(z, c, noise):
+        latents = ddim_sample(unet, sd.schedule, z, c, 50, guidance=4.5, x0_clip=False, null=sd.embed([""]))
+        return sd.vae.decode(latents)
+    return sample
+
+
 def read_posterior(words, unet):
     """The variance of every weight of `unet`, whose own weights are the mean: name -> tensor. ValueError if the files
     are of another network. words: a posterior's name or file, or several U-Nets', which then become the mean."""
@@ -275,7 +319,7 @@ def read_posterior(words, unet):
         variance, facts = read_tensors(words[0], "posterior")
     if {k: v.shape for k, v in variance.items()} != {k: v.shape for k, v in unet.state_dict().items()}:
         raise ValueError(f"--posterior {','.join(words)} is of another network than --teacher {unet.path.name}")
-    if facts.get("mean_sha256", checksum(unet.path)) != checksum(unet.path):
+    if "mean_sha256" in facts and facts["mean_sha256"] != checksum(unet.path):
         raise ValueError(f"--posterior {words[0]} belongs to other weights than those of --teacher {unet.path.name}")
     if len(words) > 1:
         unet.load_state_dict(mean)
@@ -285,12 +329,53 @@ def read_posterior(words, unet):
 # ---------------------------------------------------------------------------- main
 
 
+def main_of_sd(config):
+    """Feature unlearning in a text-to-image model: the same method on its latents, each under its text."""
+    concept = config.forget.replace(",", " ").strip()
+    with refusing():
+        sd = load_stable_diffusion(config.sd)
+        sd.unet.path = Path(config.sd)
+        variance = read_posterior("tiny-sd/posterior" if config.posterior == "auto" else config.posterior, sd.unet)
+        pictures, names, origin = undesired_pictures(config, sd, concept)
+    run = Run(config, f"runs/vdu-sd-forget-{concept.replace(' ', '-')}")
+    if run.rank == 0:
+        print(f"undesired: {origin}")
+    sd, judge = sd.to(run.device), ConceptJudge().to(run.device) if config.sd == "tiny-sd" else None
+    with torch.no_grad():
+        latents, texts = sd.vae.latents(pictures.to(run.device)), sd.embed(names)
+    teacher = copy.deepcopy(sd.unet)  # mu*
+
+    unet = train(config, run, sd.unet, variance, latents, sd.schedule, texts)
+
+    metrics = {"forget": concept, "undesired_images": len(pictures), "undesired_from": origin,
+               "steps_taken": run.step, "training_seconds": run.seconds}
+    if run.rank == 0:
+        save_unet(unet, run.folder / "unlearned.safetensors", method="VDU", forget=concept, sd=config.sd,
+                  gamma=config.gamma, steps=config.steps, seed=config.seed)
+        others = every_prompt()[::71] if judge else [""]
+        rows = list(dict.fromkeys(names))[:4] + [prompt for prompt in others if not contains(prompt, concept)]
+        with torch.no_grad():
+            c = sd.embed(rows).repeat_interleave(8 if judge else 2, dim=0)
+            for name, network in (("before", teacher), ("after", unet)):
+                drawn, _ = generate(guided_sampler(sd, network), c, unet.image_shape, config.seed, run.device, 80)
+                prompt_grid(drawn, rows, run.folder / f"samples_{name}.png", f"{name} VDU",
+                            [i for i, prompt in enumerate(rows) if contains(prompt, concept)])
+        if judge:
+            metrics |= evaluate_concept(guided_sampler(sd, unet), sd, judge, concept, 20, 0, load_concept_statistics(),
+                                        nfe=100)
+            print(table(metrics))
+    run.finish(metrics)
+
+
 def main(config):
+    if config.sd:
+        return main_of_sd(config)
     with refusing():
         unet = load_teacher(config.teacher)
         if unet.num_classes is not None:
             raise ValueError(f"--teacher {config.teacher} is class-conditional; VDU is for unconditional ones")
-        variance = read_posterior(config.posterior, unet)
+        shipped = "mnist-unconditional-posterior"
+        variance = read_posterior(shipped if config.posterior == "auto" else config.posterior, unet)
         forget = parse_classes(config.forget, 1000)
         if not forget:
             raise ValueError("--forget none: there is nothing to do")

@@ -210,6 +210,27 @@ def test_fake_score_is_still_while_the_generator_moves(tmp_path, tiny, monkeypat
     assert seen == [(False, False, False, True)] * 2
 
 
+@pytest.mark.parametrize("clip", ["on", "off"])
+def test_the_scores_see_clipped_images_and_clipped_pixels_feel_no_push(tmp_path, tiny, monkeypatch, clip):
+    seen = []
+
+    def spy(teacher, fake_score, x_g, *rest):
+        seen.append(x_g)
+        x_g.retain_grad()
+        return generator_loss(teacher, fake_score, x_g, *rest)
+
+    drawn = []
+    monkeypatch.setattr(ddpm_sfd, "one_step", lambda *args: drawn.append(one_step(*args)) or drawn[-1])
+    monkeypatch.setattr(ddpm_sfd, "generator_loss", spy)
+    config = Config(steps=1, batch_size=4, forget_batch_size=2, amp="off", device="cpu", out=str(tmp_path / "run"),
+                    clip_images=clip)
+    train(config, Run(config, ""), tiny, SCHEDULE, read_classes(config, 10))
+    [raw], [x_g] = drawn, seen
+    assert raw.abs().max() > 1  # an untrained generator's
+    assert torch.equal(x_g, raw.clamp(-1, 1) if clip == "on" else raw)
+    assert x_g.grad.abs().max() > 0  # reaches the image; what of it goes on is the clamp's matter
+
+
 def test_zero_steps_change_no_bit(tmp_path, tiny):
     _, generator = trained(small(tmp_path, steps=0), tiny)
     assert all(torch.equal(a, b) for a, b in zip(generator.state_dict().values(), tiny.state_dict().values()))

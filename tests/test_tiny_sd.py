@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import ROOT, python
+from test_pretrain import data  # noqa: F401 (a fixture)
 
 import pretrain
 import tiny_sd
@@ -12,7 +13,6 @@ from concepts import PAIRS, every_prompt
 from eval import load_concept_statistics
 from run import Run
 from stable_diffusion import load_stable_diffusion
-from test_pretrain import data  # noqa: F401 (a fixture)
 from unet import read_tensors
 
 
