@@ -7,6 +7,7 @@
     python pretrain.py mnist-statistics    # what the metrics compare with: real images, and the teachers'
     python pretrain.py tiny-sd-autoencoder # of the tiny text-to-image model
     python pretrain.py tiny-sd             # its text encoder and U-Net; the folder weights/tiny-sd
+    python pretrain.py tiny-sd-posterior   # how far K U-Nets come apart that go on from it; weights/tiny-sd, too
     python pretrain.py cifar10             # days on one GPU; stl10 likewise
     python pretrain.py cifar10-posterior   # from google/ddpm-cifar10-32
 
@@ -65,6 +66,7 @@ PRESETS = {
     "mnist-statistics": dict(steps=0),
     "tiny-sd-autoencoder": dict(steps=2_000, batch_size=64, lr=2e-3),
     "tiny-sd": dict(steps=8_000, batch_size=64, lr=2e-3, amp="off", init=AUTOENCODER),  # bf16 is slower here
+    "tiny-sd-posterior": dict(steps=2_000, batch_size=64, lr=1e-3, amp="off"),
     # as in the official code: 800,000 iterations, flips, one label in ten dropped, plain loss; the rate is our choice
     "cifar10": dict(steps=800_000, batch_size=128, lr=2e-4, lr_down=0.0, ema=0.9999, flip=0.5, min_snr=1e9),
     "cifar10-posterior": dict(steps=50_000, batch_size=128, lr=2e-5, init="hub:google/ddpm-cifar10-32", min_snr=1e9),
@@ -222,11 +224,36 @@ def train_teacher(config, run):
 def train_posterior(config, run):
     """K networks that share their beginning, `--init`, and go on alone, each under a seed of its own: their mean is
     the network that vdu.py begins with, their variance tells which weights matter."""
-    K, each = config.checkpoints, config.steps // config.checkpoints
     data = config.what.removesuffix("-posterior")
     images, schedule = TEACHERS[data][1](config.data)[0].to(run.device), VPSchedule.linear().to(run.device)
     with refusing():
         beginning = start(config).to(run.device)
+
+    def loss_of(network):
+        pick = torch.randint(len(images), (config.batch_size // run.world,), device=run.device)
+        with run.autocast():
+            return weighted_denoising_loss(network, images[pick], None, schedule, config.min_snr)
+
+    mean, variance, facts = go_on_apart(config, run, beginning, loss_of)
+    if run.rank == 0:
+        beginning.load_state_dict(mean)
+        path = run.folder / f"{data}-unconditional.safetensors"
+        save_unet(beginning, path, what=f"unconditional teacher, {data}, the mean of a posterior", **facts)
+        write_card(
+            run,
+            path,
+            what=f"unconditional DDPM teacher, training images: the mean of {facts['checkpoints']} networks",
+            parameters=sum(p.numel() for p in beginning.parameters()),
+            **facts,
+        )
+        write_variance(run, run.folder / f"{data}-unconditional-posterior.safetensors", variance,
+                       what=f"their mean is {data}-unconditional", mean_sha256=checksum(path), **facts)
+
+
+def go_on_apart(config, run, beginning, loss_of):
+    """K copies of the U-Net `beginning`, each trained on alone: the mean and variance of their weights, and the facts.
+    loss_of: network -> scalar, of another batch at each call."""
+    K, each = config.checkpoints, config.steps // config.checkpoints
     unet = copy.deepcopy(beginning).train()
     finished = torch.nn.ModuleList(copy.deepcopy(beginning) for _ in range(K))
     optimizer = torch.optim.Adam(unet.parameters(), lr=config.lr, betas=(0.9, 0.99), eps=1e-8)
@@ -242,38 +269,22 @@ def train_posterior(config, run):
             torch.manual_seed((config.seed + k) * 1_000_003 + run.rank)
         for group in optimizer.param_groups:
             group["lr"] = config.lr * shape(i)
-        pick = torch.randint(len(images), (config.batch_size // run.world,), device=run.device)
-        with run.autocast():
-            loss = weighted_denoising_loss(network, images[pick], None, schedule, config.min_snr)
+        loss = loss_of(network)
         run.update("loss", loss, unet, optimizer)
         if i == each - 1:
             finished[k].load_state_dict(unet.state_dict())
         if step % 10 == 0:
             run.log(loss=loss)
 
-    if run.rank == 0:
-        mean, variance = posterior([network.state_dict() for network in finished])
-        unet.load_state_dict(mean)
-        path = run.folder / f"{data}-unconditional.safetensors"
-        facts = dict(checkpoints=K, steps_each=each)
-        save_unet(unet, path, what=f"unconditional teacher, {data}, the mean of a posterior", **facts)
-        write_card(
-            run,
-            path,
-            what=f"unconditional DDPM teacher, training images: the mean of {K} networks",
-            parameters=sum(p.numel() for p in unet.parameters()),
-            **facts,
-        )
-        of_weights = run.folder / f"{data}-unconditional-posterior.safetensors"
-        write_tensors(of_weights, "posterior", variance, mean_sha256=checksum(path), **facts)
-        sigma = torch.cat([v.flatten() for v in variance.values()]).sqrt().sort().values
-        write_card(
-            run,
-            of_weights,
-            what=f"variance of every weight over {K} networks; their mean is {data}-unconditional",
-            **facts,
-            sigma={f"{q:.0%}": sigma[int(q * len(sigma))].item() for q in (0.01, 0.1, 0.5, 0.9, 0.99)},
-        )
+    return *posterior([network.state_dict() for network in finished]), dict(checkpoints=K, steps_each=each)
+
+
+def write_variance(run, path, variance, what, dtype=torch.float32, **facts):
+    """A posterior's file: the variance of every weight, and its card."""
+    write_tensors(path, "posterior", {name: v.to(dtype) for name, v in variance.items()}, **facts)
+    sigma = torch.cat([v.flatten() for v in variance.values()]).sqrt().sort().values
+    write_card(run, path, what=f"variance of every weight over {facts['checkpoints']} networks; {what}", **facts,
+               sigma={f"{q:.0%}": sigma[int(q * len(sigma))].item() for q in (0.01, 0.1, 0.5, 0.9, 0.99)})
 
 
 # ---------------------------------------------------------------------------- the classifier
@@ -447,6 +458,18 @@ def make_tiny_sd(config, run):
     print(json.dumps(scores, indent=2))
 
 
+def make_tiny_posterior(config, run):
+    """Of the shipped tiny model's U-Net, which stays the mean: how far K networks that go on from it come apart."""
+    with refusing():
+        sd = load_stable_diffusion("tiny-sd").to(run.device)
+    loss_of = tiny_sd.latent_loss(config, run, sd.vae, sd.tokenizer, sd.schedule)
+    sd.text_encoder.requires_grad_(False)
+    _, variance, facts = go_on_apart(config, run, sd.unet, lambda unet: loss_of(sd.text_encoder, unet))
+    if run.rank == 0:  # bfloat16: variances are far below float16's range
+        write_variance(run, run.folder / "posterior.safetensors", variance, "tiny-sd's U-Net is where they began",
+                       torch.bfloat16, **facts)
+
+
 # ---------------------------------------------------------------------------- main
 
 if __name__ == "__main__":
@@ -460,6 +483,7 @@ if __name__ == "__main__":
         "mnist-classifier": train_classifier,
         "tiny-sd-autoencoder": make_tiny_autoencoder,
         "tiny-sd": make_tiny_sd,
+        "tiny-sd-posterior": make_tiny_posterior,
         "mnist-statistics": make_statistics,
     }
     make[config.what](config, run)

@@ -73,24 +73,18 @@ def encode_twice(vae, digits, labels, device):
     return torch.cat(latents), torch.cat(pairs).to(device)
 
 
-def train(config, run, vae):
-    """Text encoder and U-Net together, by DDPM's loss on latents, one prompt in ten empty; returns all five parts."""
+def latent_loss(config, run, vae, tokenizer, schedule):
+    """DDPM's loss on latents of painted digits, one prompt in ten empty: a function (text encoder, U-Net) -> scalar, of
+    another batch at each call."""
     digits, labels = mnist(config.data, train=True)
-    tokenizer = word_tokenizer(every_prompt(), MAX_LENGTH)
-    text_encoder = TextEncoder(vocab_size=len(tokenizer.vocabulary), max_position_embeddings=MAX_LENGTH, **TEXT_ENCODER)
-    networks = nn.ModuleDict({"text_encoder": text_encoder, "unet": UNet(**UNET)}).to(run.device).train()
-    schedule, vae = VPSchedule.scaled_linear().to(run.device), vae.to(run.device).eval()
-    ema = AveragedModel(networks, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    optimizer = torch.optim.Adam(networks.parameters(), lr=config.lr, betas=(0.9, 0.99))
-    lr = rate(optimizer, config.steps, config.lr_down)
-    random = torch.get_rng_state()
+    random = torch.get_rng_state()  # so that a resumed run, which encodes again, goes on as if it had not
     with run.autocast():
         latents, pairs = encode_twice(vae, digits, labels, run.device)
     torch.set_rng_state(random)
     tokens = tokenizer([*every_prompt(), ""]).to(run.device)  # (721, 16); prompts of pair i begin at 12 i
     assert len(tokens) == len(PAIRS) * len(TEMPLATES) + 1
 
-    for step in run.loop({"networks": networks, "ema": ema, "optimizer": optimizer, "lr": lr}, label="tiny-sd"):
+    def loss(text_encoder, unet):
         pick, template = (torch.randint(count, (config.batch_size,), device=run.device)
                           for count in (len(latents), len(TEMPLATES)))
         prompt = pairs[pick] * len(TEMPLATES) + template
@@ -99,9 +93,25 @@ def train(config, run, vae):
         x0 = vae.scaling_factor * (mean + (logvar / 2).exp() * torch.randn_like(mean))
         t, noise = torch.randint(schedule.T, (len(x0),), device=run.device), torch.randn_like(x0)
         with run.autocast():
-            c = networks["text_encoder"](tokens[prompt])
-            eps = networks["unet"](schedule.add_noise(x0, noise, t), t, c)  # (D1)
-        loss = F.mse_loss(eps.float(), noise)
+            eps = unet(schedule.add_noise(x0, noise, t), t, text_encoder(tokens[prompt]))  # (D1)
+        return F.mse_loss(eps.float(), noise)
+
+    return loss
+
+
+def train(config, run, vae):
+    """Text encoder and U-Net together; returns all five parts."""
+    tokenizer = word_tokenizer(every_prompt(), MAX_LENGTH)
+    text_encoder = TextEncoder(vocab_size=len(tokenizer.vocabulary), max_position_embeddings=MAX_LENGTH, **TEXT_ENCODER)
+    networks = nn.ModuleDict({"text_encoder": text_encoder, "unet": UNet(**UNET)}).to(run.device).train()
+    schedule, vae = VPSchedule.scaled_linear().to(run.device), vae.to(run.device).eval()
+    ema = AveragedModel(networks, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    optimizer = torch.optim.Adam(networks.parameters(), lr=config.lr, betas=(0.9, 0.99))
+    lr = rate(optimizer, config.steps, config.lr_down)
+    loss_of = latent_loss(config, run, vae, tokenizer, schedule)
+
+    for step in run.loop({"networks": networks, "ema": ema, "optimizer": optimizer, "lr": lr}, label="tiny-sd"):
+        loss = loss_of(networks["text_encoder"], networks["unet"])
         run.update("loss", loss, networks, optimizer, 1.0)
         lr.step()
         ema.update_parameters(networks)

@@ -316,7 +316,8 @@ def read_posterior(words, unet):
         mean, variance = posterior([load_unet(word).state_dict() for word in words])
         facts = {}
     else:
-        variance, facts = read_tensors(words[0], "posterior")
+        tensors, facts = read_tensors(words[0], "posterior")
+        variance = {name: tensor.float() for name, tensor in tensors.items()}
     if {k: v.shape for k, v in variance.items()} != {k: v.shape for k, v in unet.state_dict().items()}:
         raise ValueError(f"--posterior {','.join(words)} is of another network than --teacher {unet.path.name}")
     if "mean_sha256" in facts and facts["mean_sha256"] != checksum(unet.path):
