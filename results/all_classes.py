@@ -1,12 +1,14 @@
-"""Every class of MNIST forgotten in turn, three seeds each: thirty runs of a method file, one JSON each.
+"""Every class of MNIST forgotten in turn, or eight concepts of the tiny model, three seeds each; one JSON a run.
 
 python results/all_classes.py ddpm_sfd             # into results/ddpm_sfd-mnist/; what is there already is kept
 python results/all_classes.py vdu --jobs 2         # into results/vdu-mnist/; two runs at a time, one core each
+python results/all_classes.py sd_sfd               # into results/sd_sfd-tiny/: three digits, three colours, two pairs
 """
 
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,20 +20,23 @@ ROOT = Path(__file__).resolve().parent.parent
 SHOWN = {  # the numbers of one run that are worth a line
     "ddpm_sfd": "ua retained_accuracy teacher_retained_accuracy fid teacher_fid seconds",
     "vdu": "pul u_fid teacher_fid confidence teacher_confidence training_seconds",
+    "sd_sfd": "ua retained_accuracy teacher_retained_accuracy fid teacher_fid seconds",
 }
+CLASSES = [str(k) for k in range(10)]
+CONCEPTS = ["zero", "three", "seven", "red", "blue", "yellow", "red three", "green seven"]
 
 
 def one(job):
     method, k, seed, out, env = job
-    target = out / f"forget{k}-seed{seed}.json"
+    target = out / f"forget{k.replace(' ', '-')}-seed{seed}.json"
     if target.exists():
         return
     folder = Path(tempfile.mkdtemp()) / "run"
-    words = [f"{method}.py", "--forget", str(k), "--seed", str(seed)]
+    words = [f"{method}.py", "--forget", k, "--seed", str(seed)]
     command = [sys.executable, str(ROOT / words[0]), *words[1:], "--out", str(folder)]
     subprocess.run(command, env=env, check=True, capture_output=True, cwd=ROOT)  # where data/ may lie
     metrics = json.loads((folder / "metrics.json").read_text())
-    metrics["command"] = " ".join(["python", *words])  # as one would type it
+    metrics["command"] = shlex.join(["python", *words])  # as one would type it
     metrics["config"]["out"] = ""
     target.write_text(json.dumps(metrics, indent=2) + "\n")
     print(f"forget {k} seed {seed}: ", *(f"{name} {metrics[name]:.4g}" for name in SHOWN[method].split()), flush=True)
@@ -42,14 +47,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=list(SHOWN))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--classes", type=int, nargs="+", default=list(range(10)))
+    parser.add_argument("--classes", nargs="+", help="classes, or concepts; all if not given")
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
-    out = ROOT / "results" / f"{args.method}-mnist"
+    tiny = args.method == "sd_sfd"
+    classes = args.classes or (CONCEPTS if tiny else CLASSES)
+    out = ROOT / "results" / f"{args.method}-{'tiny' if tiny else 'mnist'}"
     out.mkdir(parents=True, exist_ok=True)
     env = os.environ | ({"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))} if args.jobs > 1 else {})
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(one, [(args.method, k, seed, out, env) for seed in args.seeds for k in args.classes]))
+        list(pool.map(one, [(args.method, k, seed, out, env) for seed in args.seeds for k in classes]))
 
 
 if __name__ == "__main__":
