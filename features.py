@@ -1,16 +1,20 @@
 """The networks that look at images on behalf of the metrics: what they see, and how it is turned into features.
 
     Classifier    MNIST: six convolutions; ships in weights/, its penultimate layer gives 128 features
+    ResNet34      CIFAR-10 and STL-10; `pretrain.py cifar10-classifier` and `stl10-classifier` train it
     Judge         a classifier, and the statistics of real images to compare with
+
+The FID Inception is in inception.py.
 """
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from run import checksum
 from unet import read_tensors, weights_path
 
-# ---------------------------------------------------------------------------- the MNIST classifier
+# ---------------------------------------------------------------------------- classifiers
 
 
 class Classifier(nn.Module):
@@ -22,6 +26,7 @@ class Classifier(nn.Module):
     def __init__(self, widths=(32, 32, 64, 64, 128, 128), classes=10):
         super().__init__()
         self.config = {"widths": widths, "classes": classes}
+        self.image_shape = (1, 28, 28)
         layers, cin = [], 1
         for i, cout in enumerate(widths):
             stride = 2 if i in (1, 3) else 1  # 28, 14, 14, 7, 7, 7 px
@@ -36,10 +41,34 @@ class Classifier(nn.Module):
         return self.head(self.features(images))
 
 
+class ResNet34(nn.Module):
+    """Torchvision's ResNet-34 for small images: it begins with a 3x3 convolution of stride 1, and without a pooling up
+    to 32 px. forward: images (B, 3, H, W) in [-1, 1] -> logits (B, 10); `features` -> the penultimate layer, (B, 512).
+    """
+
+    def __init__(self, image_size=32, classes=10):
+        super().__init__()
+        import torchvision.models  # here, so that whoever needs no ResNet does not load torchvision
+
+        self.config = {"image_size": image_size, "classes": classes}
+        self.image_shape = (3, image_size, image_size)
+        self.body = torchvision.models.resnet34(num_classes=classes)
+        self.body.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        if image_size <= 32:
+            self.body.maxpool = nn.Identity()
+        self.head, self.body.fc = self.body.fc, nn.Identity()
+
+    def features(self, images):
+        return self.body(images)
+
+    def forward(self, images):
+        return self.head(self.features(images))
+
+
 def load_classifier(name="mnist-classifier"):
     """The classifier in evaluation mode: a shipped name or a .safetensors path. ValueError if it is none."""
     tensors, facts = read_tensors(name, "classifier")
-    classifier = Classifier(**facts["config"])
+    classifier = {"Classifier": Classifier, "ResNet34": ResNet34}[facts.get("network", "Classifier")](**facts["config"])
     classifier.load_state_dict(tensors)
     return classifier.eval()
 
@@ -58,28 +87,34 @@ def load_statistics(name="mnist-statistics"):
 
 
 @torch.no_grad()
-def look(classifier, images, device="cpu", batch=500):
-    """What the classifier makes of images (N, 1, 28, 28): features (N, D), class probabilities (N, K), on the CPU."""
-    features = torch.cat([classifier.features(x.to(device)) for x in images.split(batch)])
-    return features.cpu(), classifier.head(features).softmax(1).cpu()
+def look(network, images, device="cpu", batch=500, bar=None):
+    """What a classifier, or the Inception, makes of images (N, C, H, W): features (N, D), class probabilities (N, K),
+    on the CPU. bar: what a progress bar calls it; none if not given."""
+    batches = tqdm(images.split(batch), desc=bar, leave=False, disable=bar is None)
+    features = torch.cat([network.features(x.to(device)) for x in batches])
+    return features.cpu(), network.head(features).softmax(1).cpu()
 
 
 class Judge:
-    """Looks at images of a network (N, 1, 28, 28) on behalf of the metrics: a classifier, and what to compare with.
+    """Looks at images of a network (N, C, H, W) on behalf of the metrics: a classifier, and what to compare with.
 
-    unet: the network to be judged, of ten classes or unconditional; ValueError when it draws something that the
-    classifier cannot read, or when a file is not what it should be.
+    unet: the network to be judged, of the classifier's classes or unconditional; ValueError when it draws something
+    that the classifier cannot read, or when a file is not what it should be. `statistics` is None, and `facts` is
+    empty, but for MNIST: at other sizes the distances are Inception's, see inception.py.
     """
 
     def __init__(self, unet, classifier="mnist-classifier", statistics="mnist-statistics"):
-        if unet.image_shape != (1, 28, 28) or unet.num_classes not in (None, 10):
-            raise ValueError(f"{unet.path} draws {unet.num_classes or 'unknown'} classes of {unet.image_shape}; the "
-                             "classifier reads 10 of shape (1, 28, 28), so give --classifier none")
         self.device = next(unet.parameters()).device
         self.classifier = load_classifier(classifier).to(self.device)
-        self.statistics, self.facts = load_statistics(statistics)
-        if self.facts["classifier_sha256"] != checksum(weights_path(classifier)):
-            raise ValueError(f"the statistics {statistics!r} were not made with {classifier!r}; see pretrain.py")
+        shape, classes = self.classifier.image_shape, self.classifier.config["classes"]
+        if unet.image_shape != shape or unet.num_classes not in (None, classes):
+            raise ValueError(f"{unet.path} draws {unet.num_classes or 'unknown'} classes of {unet.image_shape}; the "
+                             f"classifier reads {classes} of shape {shape}, so give --classifier none")
+        self.statistics, self.facts = None, {}
+        if isinstance(self.classifier, Classifier):
+            self.statistics, self.facts = load_statistics(statistics)
+            if self.facts["classifier_sha256"] != checksum(weights_path(classifier)):
+                raise ValueError(f"the statistics {statistics!r} were not made with {classifier!r}; see pretrain.py")
 
     def to(self, device):
         self.device, self.classifier = device, self.classifier.to(device)
@@ -90,5 +125,5 @@ class Judge:
 
     @torch.no_grad()
     def live_ua(self, images, labels):
-        """UA of a handful of images (B, 1, 28, 28) that were asked for as labels (B,): for a progress bar."""
+        """UA of a handful of images (B, C, H, W) that were asked for as labels (B,): for a progress bar."""
         return (self.classifier(images.float().clamp(-1, 1)).argmax(1) != labels).float().mean()

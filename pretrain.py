@@ -10,6 +10,7 @@
     python pretrain.py tiny-sd-posterior   # how far K U-Nets come apart that go on from it; weights/tiny-sd, too
     python pretrain.py cifar10             # days on one GPU; stl10 likewise
     python pretrain.py cifar10-posterior   # from google/ddpm-cifar10-32
+    python pretrain.py cifar10-classifier  # an hour on one GPU, for eval.py --classifier; stl10-classifier likewise
 
 Each leaves a .safetensors file and its card, a .json that says how it was made and what it scores, in
 runs/pretrain-<what>/. Copy both to weights/ before the next command; that is where it looks. MNIST is read from
@@ -37,7 +38,7 @@ from eval import (
     pool,
     precision_recall,
 )
-from features import Classifier, load_classifier, look
+from features import Classifier, ResNet34, load_classifier, look
 from run import Run, checksum, commit, machine, option, parse, refusing, write_json
 from samples import balanced_labels, generate, unconditional_sampler
 from stable_diffusion import Autoencoder, load_stable_diffusion, save_stable_diffusion
@@ -64,6 +65,8 @@ PRESETS = {
     "mnist-posterior": dict(steps=4_000, batch_size=64, lr=1e-3, min_snr=50.0, init=BEGINNING),
     "mnist-classifier": dict(steps=5_600, batch_size=128, lr=4e-3),
     "mnist-statistics": dict(steps=0),
+    "cifar10-classifier": dict(steps=78_000, batch_size=128, lr=0.1),  # 200 passes over the images
+    "stl10-classifier": dict(steps=15_600, batch_size=128, lr=0.1),  # 400
     "tiny-sd-autoencoder": dict(steps=2_000, batch_size=64, lr=2e-3),
     "tiny-sd": dict(steps=8_000, batch_size=64, lr=2e-3, amp="off", init=AUTOENCODER),  # bf16 is slower here
     "tiny-sd-posterior": dict(steps=2_000, batch_size=64, lr=1e-3, amp="off"),
@@ -80,7 +83,7 @@ class Config:
     data: str = option("data", "folder in which torchvision's MNIST lies, or goes")
     steps: int = option(12_000, "optimizer steps", low=0)
     batch_size: int = option(64, "images a step, over all processes", low=1)
-    lr: float = option(1.5e-3, "peak learning rate of Adam", low=0)
+    lr: float = option(1.5e-3, "peak learning rate of Adam; of SGD for the classifiers of CIFAR-10 and STL-10", low=0)
     lr_down: float = option(0.4, "share of the steps, the last ones, over which the rate goes to 0", low=0, high=1)
     flip: float = option(0.0, "share of images that are mirrored; teachers", low=0, high=1)
     ema: float = option(0.999, "decay of the weight average that is kept; teachers", low=0, high=1)
@@ -100,6 +103,7 @@ class Config:
         "mixed precision; statistics score the class-conditional teacher in float32 all the same",
         choices=["auto", "bf16", "fp16", "off"],
     )
+    compile: bool = option(False, "torch.compile the network: minutes at the start, then faster steps on a GPU")
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
     seed: int = option(0, "seed of everything random", low=0)
     out: str = option("", "run folder, runs/pretrain-<what> if not given")
@@ -183,9 +187,9 @@ def train_teacher(config, run):
     images, labels = (x.to(run.device) for x in TEACHERS[config.what][1](config.data))
     schedule = VPSchedule.linear().to(run.device)
     with refusing():
-        unet = start(config).to(run.device).train()
+        unet = run.prepare(start(config).to(run.device).train())
     ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    optimizer = torch.optim.Adam(unet.parameters(), lr=config.lr, betas=(0.9, 0.99), eps=1e-8)
+    optimizer = torch.optim.Adam(unet.parameters(), lr=config.lr, betas=(0.9, 0.99), eps=1e-8, fused=run.fused)
     lr = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_and_down(config.steps, config.lr_down))
     network, batch = run.parallel(unet), config.batch_size // run.world
 
@@ -304,31 +308,61 @@ def jitter(images, degrees=10, scale=0.1, shift=0.1):
     return F.grid_sample(images + 1, grid, align_corners=False) - 1  # outside the image is black, -1
 
 
+def crop_and_flip(images):
+    """Each image (B, C, H, H) shifted by up to an eighth of its size, grey coming in, and half of them mirrored."""
+    B, _, H, _ = images.shape
+    pad = H // 8
+    first = torch.randint(2 * pad + 1, (2, B, 1), device=images.device)
+    rows, columns = first + torch.arange(H, device=images.device)  # (B, H) each
+    columns = torch.where(torch.rand(B, 1, device=images.device) < 0.5, columns, columns.flip(1))
+    pick = torch.arange(B, device=images.device)[:, None, None]
+    cropped = F.pad(images, [pad] * 4)[pick, :, rows[:, :, None], columns[:, None, :]]  # (B, H, H, C)
+    return cropped.permute(0, 3, 1, 2)
+
+
+CLASSIFIERS = {  # what -> its images, the network, what is done to each image of a step
+    "mnist-classifier": (mnist, Classifier, jitter),
+    "cifar10-classifier": (cifar10, lambda: ResNet34(32), crop_and_flip),
+    "stl10-classifier": (stl10, lambda: ResNet34(64), crop_and_flip),
+}
+
+
 def train_classifier(config, run):
-    images, labels = (x.to(run.device) for x in mnist(config.data, train=True))
-    classifier = Classifier().to(run.device).train()
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=config.lr, weight_decay=0.02)
-    lr = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps)
+    dataset, network, augment = CLASSIFIERS[config.what]
+    images, labels = (x.to(run.device) for x in dataset(config.data, train=True))
+    classifier = run.prepare(network().to(run.device).train())
+    if config.what == "mnist-classifier":
+        optimizer, smoothing = torch.optim.AdamW(classifier.parameters(), lr=config.lr, weight_decay=0.02), 0.05
+        lr = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps)
+    else:
+        settings = dict(lr=config.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        optimizer, smoothing = torch.optim.SGD(classifier.parameters(), **settings), 0.0
+        lr = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
     for step in run.loop({"classifier": classifier, "optimizer": optimizer, "lr": lr}, label="classifier"):
         pick = torch.randint(len(images), (config.batch_size,), device=run.device)
         with run.autocast():
-            logits = classifier(jitter(images[pick]))
-        loss = F.cross_entropy(logits.float(), labels[pick], label_smoothing=0.05)
+            logits = classifier(augment(images[pick]))
+        loss = F.cross_entropy(logits.float(), labels[pick], label_smoothing=smoothing)
         run.update("loss", loss, classifier, optimizer)
         lr.step()
         if step % 10 == 0:
             run.log(loss=loss)
 
     classifier.eval()
-    test_images, test_labels = mnist(config.data, train=False)
+    test_images, test_labels = dataset(config.data, train=False)
     with torch.no_grad():
         predictions = torch.cat([classifier(x.to(run.device)).argmax(1).cpu() for x in test_images.split(500)])
-    path = run.folder / "mnist-classifier.safetensors"
-    write_tensors(path, "classifier", classifier.state_dict(), config=classifier.config)
+    path = run.folder / f"{config.what}.safetensors"
+    kind = type(classifier).__name__
+    write_tensors(path, "classifier", classifier.state_dict(), network=kind, config=classifier.config)
     write_card(
         run,
         path,
-        what="MNIST classifier; its penultimate layer gives the features of FID, precision and recall",
+        what={
+            "mnist-classifier": "MNIST classifier; its penultimate layer: the features of FID, precision and recall",
+            "cifar10-classifier": "CIFAR-10 classifier, ResNet-34",
+            "stl10-classifier": "STL-10 classifier at 64 px, ResNet-34",
+        }[config.what],
         parameters=sum(p.numel() for p in classifier.parameters()),
         steps=config.steps,
         scores={"test_accuracy": (predictions == test_labels).double().mean().item(), "test_images": len(test_labels)},
@@ -475,12 +509,13 @@ def make_tiny_posterior(config, run):
 if __name__ == "__main__":
     config = parse(Config, __doc__, PRESETS)
     with refusing("--data: "):  # before anything is written
-        TEACHERS.get(config.what.removesuffix("-posterior"), TEACHERS["mnist"])[1](config.data)
+        what = config.what.removesuffix("-posterior").removesuffix("-classifier")
+        TEACHERS.get(what, TEACHERS["mnist"])[1](config.data)
     run = Run(config, f"runs/pretrain-{config.what}")
     make = {
         **dict.fromkeys(TEACHERS, train_teacher),
         **dict.fromkeys(("mnist-posterior", "cifar10-posterior"), train_posterior),
-        "mnist-classifier": train_classifier,
+        **dict.fromkeys(CLASSIFIERS, train_classifier),
         "tiny-sd-autoencoder": make_tiny_autoencoder,
         "tiny-sd": make_tiny_sd,
         "tiny-sd-posterior": make_tiny_posterior,
