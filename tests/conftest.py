@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from unet import UNet, save_unet
+from concepts import every_prompt
+from stable_diffusion import Autoencoder, StableDiffusion, TextEncoder, save_stable_diffusion, word_tokenizer
+from unet import UNet, VPSchedule, save_unet
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at a time: one thread each, or they wait for one another
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -16,6 +18,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at a time: one thread e
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {"image_size": 28, "in_channels": 1, "channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_at": (14,)}
 TINY |= {"num_classes": 10, "dropout": 0.1, "groups": 4}
+SMALL_TEXT = {"image_size": 4, "in_channels": 4, "attention_at": (4,), "num_classes": None, "text_dim": 12, "heads": 2}
+SMALL_TEXT |= {"dropout": 0.0}
 
 
 def random_unet(seed=0, **config):
@@ -38,6 +42,21 @@ def tiny_file(tmp_path):
     """A teacher of 8 px images, on disk: small enough that hundreds of steps are a matter of seconds."""
     path = tmp_path / "tiny.safetensors"
     save_unet(random_unet(image_size=8, attention_at=(4,)), path, what="test")
+    return path
+
+
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory):
+    """A model of random weights, of 16 px pictures, in the layout of the hub."""
+    torch.manual_seed(0)
+    tokenizer = word_tokenizer(every_prompt(), 16)
+    text_encoder = TextEncoder(vocab_size=len(tokenizer.vocabulary), hidden_size=12, intermediate_size=24,
+                               num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16)
+    vae = Autoencoder(block_out_channels=(8, 8, 8), norm_num_groups=4, sample_size=16, scaling_factor=1.0)
+    path = tmp_path_factory.mktemp("sd") / "model"
+    unet = random_unet(**SMALL_TEXT)
+    save_stable_diffusion(StableDiffusion(tokenizer, text_encoder, vae, unet, VPSchedule.scaled_linear()), path)
+    (path.parent / "prompts.txt").write_text("\n".join(every_prompt()))
     return path
 
 

@@ -7,38 +7,22 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL_TEXT as SMALL
 from conftest import python, random_unet
 
 import ddpm_sfd
 import sd_sfd
-from concepts import contains, every_prompt
+from concepts import contains
 from run import Run, parse
 from sd_sfd import Config, fake_score_loss, generator_loss, one_step, read_concept, train
-from stable_diffusion import Autoencoder, StableDiffusion, TextEncoder, save_stable_diffusion, word_tokenizer
 from unet import UNet, VPSchedule, load_unet
 
 SCHEDULE = VPSchedule.scaled_linear()
 ABAR = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
-SMALL = dict(image_size=4, in_channels=4, attention_at=(4,), num_classes=None, text_dim=12, heads=2, dropout=0.0)
-
 
 @pytest.fixture
 def unet():
     return random_unet(**SMALL)
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """A model of random weights, of 16 px pictures, in the layout of the hub."""
-    torch.manual_seed(0)
-    tokenizer = word_tokenizer(every_prompt(), 16)
-    text_encoder = TextEncoder(vocab_size=len(tokenizer.vocabulary), hidden_size=12, intermediate_size=24,
-                               num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16)
-    vae = Autoencoder(block_out_channels=(8, 8, 8), norm_num_groups=4, sample_size=16, scaling_factor=1.0)
-    path = tmp_path_factory.mktemp("sd") / "model"
-    save_stable_diffusion(StableDiffusion(tokenizer, text_encoder, vae, random_unet(**SMALL), SCHEDULE), path)
-    (path.parent / "prompts.txt").write_text("\n".join(every_prompt()))
-    return path
 
 
 class Affine(torch.nn.Module):
@@ -173,11 +157,11 @@ def test_prompts_from_files(tmp_path):
     ("--mode gentle", "invalid choice"),
     ("--init-generator mnist", "no network of the teacher's configuration"),
 ])
-def test_bad_input_gets_one_line_and_status_2(words, message, folder, tmp_path, monkeypatch, capsys):
+def test_bad_input_gets_one_line_and_status_2(words, message, sd_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = words.format(prompts=folder.parent / "prompts.txt")
+    words = words.format(prompts=sd_folder.parent / "prompts.txt")
     if "--sd" not in words and "--init" in words:
-        words += f" --sd {folder} --retain-prompts {folder.parent / 'prompts.txt'} --override eight"
+        words += f" --sd {sd_folder} --retain-prompts {sd_folder.parent / 'prompts.txt'} --override eight"
     monkeypatch.setattr(sys, "argv", ["sd_sfd.py", *words.split()])
     with pytest.raises(SystemExit) as leaving:
         sd_sfd.main(parse(Config, "", sd_sfd.PRESETS))
@@ -269,13 +253,13 @@ def test_a_tenth_of_the_prompts_is_dropped_in_the_fake_scores_training_alone(tmp
     assert dropped[1] == 0
 
 
-def words_for(folder, out, more=""):
-    return (f"sd_sfd.py --sd {folder} --retain-prompts {folder.parent / 'prompts.txt'} --forget three --override eight "
+def words_for(sd_folder, out, more=""):
+    return (f"sd_sfd.py --sd {sd_folder} --retain-prompts {sd_folder.parent / 'prompts.txt'} --forget three --override eight "
             f"--batch-size 4 --forget-batch-size 2 --steps 4 --eval-images 0 --device cpu --out {out} {more}")
 
 
-def test_a_run_from_a_folder_with_its_pictures_and_its_resumption(folder, tmp_path):
-    done = python(words_for(folder, "whole", "--save-every 2"), tmp_path)
+def test_a_run_from_a_folder_with_its_pictures_and_its_resumption(sd_folder, tmp_path):
+    done = python(words_for(sd_folder, "whole", "--save-every 2"), tmp_path)
     assert done.returncode == 0, done.stderr
     whole = tmp_path / "whole"
     assert {p.name for p in whole.iterdir()} == {"config.json", "metrics.json", "samples_before.png", "samples_after.png",
@@ -286,7 +270,7 @@ def test_a_run_from_a_folder_with_its_pictures_and_its_resumption(folder, tmp_pa
     assert generator.card["t_init"] == 625 and generator.text_dim == 12
 
 
-def test_resuming_ends_in_the_same_bits(folder, tmp_path, monkeypatch):
+def test_resuming_ends_in_the_same_bits(sd_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save = Run.save
 
@@ -296,7 +280,7 @@ def test_resuming_ends_in_the_same_bits(folder, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     def main(out, more=""):
-        monkeypatch.setattr(sys, "argv", words_for(folder, out, f"--save-every 2 {more}").split())
+        monkeypatch.setattr(sys, "argv", words_for(sd_folder, out, f"--save-every 2 {more}").split())
         sd_sfd.main(parse(Config, "", sd_sfd.PRESETS))
         return load_unet(tmp_path / out / "generator.safetensors").state_dict()
 
@@ -309,14 +293,14 @@ def test_resuming_ends_in_the_same_bits(folder, tmp_path, monkeypatch):
     assert all(torch.equal(again[k], v) for k, v in whole.items())
 
 
-def test_two_processes_train_one_network(folder, tmp_path):
-    done = python(words_for(folder, "ddp"), tmp_path, processes=2)
+def test_two_processes_train_one_network(sd_folder, tmp_path):
+    done = python(words_for(sd_folder, "ddp"), tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "ddp" / "metrics.json").read_text())["processes"] == 2
 
 
-def test_weights_in_half_precision_and_the_negative_prompt(folder, tmp_path):
-    done = python(words_for(folder, "bf16", "--weights bf16 --mode negative --amp bf16"), tmp_path)
+def test_weights_in_half_precision_and_the_negative_prompt(sd_folder, tmp_path):
+    done = python(words_for(sd_folder, "bf16", "--weights bf16 --mode negative --amp bf16"), tmp_path)
     assert done.returncode == 0, done.stderr
     for name, tensor in load_unet(tmp_path / "bf16" / "generator.safetensors").state_dict().items():
         assert torch.equal(tensor, tensor.bfloat16().float()), name

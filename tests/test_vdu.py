@@ -12,6 +12,7 @@ from torchvision.io import write_png
 import vdu
 from features import load_classifier, look
 from run import Run, checksum
+from stable_diffusion import load_stable_diffusion
 from unet import VPSchedule, load_unet, save_unet, write_tensors
 from vdu import Config, plasticity_inducer, posterior, read_posterior, stability_regularizer, train, undesired_images
 
@@ -378,3 +379,41 @@ def test_bad_input_is_one_line_and_status_2(flags, says, tmp_path, monkeypatch, 
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.count("\n") == 1 and says in error
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------- features of a text-to-image model
+
+
+def test_a_feature_is_forgotten_from_a_folder_of_pictures(sd_folder, tmp_path):
+    """From pictures and a prompt: the U-Net moves, and D_f's error grows under that prompt."""
+    sd = load_stable_diffusion(sd_folder)
+    variance = {name: torch.full_like(p, 1e-4) for name, p in sd.unet.state_dict().items()}
+    write_tensors(tmp_path / "posterior.safetensors", "posterior", variance)
+    (tmp_path / "pictures").mkdir()
+    for i in range(3):
+        write_png(torch.randint(0, 256, (3, 20, 18), dtype=torch.uint8), str(tmp_path / "pictures" / f"{i}.png"))
+    done = python(f"vdu.py --sd {sd_folder} --forget red --data pictures --posterior posterior.safetensors --steps 4 "
+                  "--stop-at 0 --batch-size 8 --device cpu --amp off --out out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["forget"] == "red" and metrics["undesired_images"] == 3 and metrics["steps_taken"] == 4
+    unlearned = load_unet(tmp_path / "out/unlearned.safetensors")
+    assert unlearned.text_dim == 12 and (tmp_path / "out/samples_after.png").exists()
+    pictures, names, _ = vdu.undesired_pictures(
+        Config(sd=str(sd_folder), data=str(tmp_path / "pictures")), sd, "red")
+    assert pictures.shape == (3, 3, 16, 16) and names == ["red"] * 3
+    with torch.no_grad():
+        x0, c = sd.vae.latents(pictures).repeat(50, 1, 1, 1), sd.embed(["red"]).repeat(150, 1, 1)
+        t, noise = torch.randint(300, 600, (150,)), torch.randn(150, 4, 4, 4)
+        before, after = (-vdu.plasticity_inducer(unet, x0, t, noise, sd.schedule, c, "simple").mean()
+                         for unet in (sd.unet, unlearned))
+    assert after > before
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--sd {sd} --forget red --posterior mnist-unconditional-posterior", "is of another network"),
+    ("--sd nowhere --forget red", "no folder 'nowhere'"),
+])
+def test_features_bad_input_gets_one_line(sd_folder, tmp_path, words, message):
+    done = python("vdu.py " + words.format(sd=sd_folder), tmp_path)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
