@@ -406,7 +406,7 @@ def read_json(path):
 
 def read_weights(part, stem):
     """(name -> tensor, the file they are from) of the folder `part`, from the most precise file that it has."""
-    pickle = stem.replace("model", "pytorch_model") if stem == "model" else stem
+    pickle = "pytorch_model" if stem == "model" else stem
     names = [f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{pickle}.bin",
              f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json", f"{pickle}.fp16.bin"]
     file = next((part / name for name in names if (part / name).is_file()), None)
