@@ -58,7 +58,7 @@ PRESETS = {
     "tiny": {},  # the defaults below
     "sd15": dict(  # the settings of the official code's Stable Diffusion run; about 1,000 images are seen
         steps=125, batch_size=8, forget_batch_size=8, lr_generator=1e-6, lr_fake_score=3e-6, lr_end=1.0, ema=0.0,
-        adam_eps=1e-6, sd="stable-diffusion-v1-5", eval_images=0),
+        adam_eps=1e-6, k_train=4.5, k_fake=4.5, k_teacher=4.5, sd="stable-diffusion-v1-5", eval_images=0, amp="fp16"),
 }
 
 
@@ -75,11 +75,11 @@ class Config:
     forget_prompts: str = option("", "file of prompts to forget, one a line, the concept written out or as {}")
     init_generator: str = option("", "two-stage SFD: where theta starts, the generator of a --forget none run")
     init_fake_score: str = option("", "two-stage SFD: where psi starts, the fake score of that run")
-    steps: int = option(200, "training steps, each one update of both networks; official: about 1,000 images", low=0)
-    batch_size: int = option(32, "latents of retained prompts a step, over all processes; official: 8", low=1)
-    forget_batch_size: int = option(16, "latents of forgotten prompts a step; official: as many", low=1)
+    steps: int = option(170, "training steps, each one update of both networks; official: about 1,000 images", low=0)
+    batch_size: int = option(24, "latents of retained prompts a step, over all processes; official: 8", low=1)
+    forget_batch_size: int = option(8, "latents of forgotten prompts a step; official: as many", low=1)
     accumulate: int = option(1, "parts that a step's batch is cut into, to save memory", low=1)
-    lr_generator: float = option(3e-4, "learning rate of theta; official: 1e-6", low=0)
+    lr_generator: float = option(2e-4, "learning rate of theta; official: 1e-6", low=0)
     lr_fake_score: float = option(1e-3, "learning rate of psi; official: 3e-6", low=0)
     lr_end: float = option(0.3, "share of both rates that is left at the end of a linear decay; official: 1, constant",
                            low=0, high=1)
@@ -87,9 +87,9 @@ class Config:
     alpha: float = option(1.0, "alpha of (S3); official: 1")
     lambda_generator: float = option(1.0, "lambda of (S5) for theta; official: 1", low=0)
     lambda_fake_score: float = option(1.0, "lambda of (S5) for psi; official: 1", low=0)
-    k_train: float = option(4.5, "k1: guidance of the fake score while it is trained; official: 4.5", low=0)
-    k_fake: float = option(4.5, "k2 = k3: guidance of the fake score where it is compared; official: 4.5", low=0)
-    k_teacher: float = option(4.5, "k4: guidance of the teacher; official: 4.5", low=0)
+    k_train: float = option(2.0, "k1: guidance of the fake score while it is trained; official: 4.5", low=0)
+    k_fake: float = option(2.0, "k2 = k3: guidance of the fake score where it is compared; official: 4.5", low=0)
+    k_teacher: float = option(2.0, "k4: guidance of the teacher; official: 4.5", low=0)
     prompt_dropout: float = option(0.1, "share of prompts replaced by the empty one in psi's training; official: 0.1",
                                    low=0, high=1)
     t_init: int = option(625, "the noise level that the generator works at; official: 625", low=0, high=999)
@@ -101,7 +101,8 @@ class Config:
                           choices=["float32", "bf16"])
     gradient_checkpointing: bool = option(False, "forget what happens inside the networks' blocks and compute it again")
     compile: bool = option(False, "torch.compile the networks: minutes at the start, then faster steps on a GPU")
-    amp: str = option("auto", "mixed precision; auto: bf16 where it is native", choices=["auto", "bf16", "fp16", "off"])
+    amp: str = option("off", "mixed precision; off is faster at the tiny model's size, auto takes bf16 where it is "
+                      "native; official: fp16", choices=["auto", "bf16", "fp16", "off"])
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
     seed: int = option(0, "seed of everything random", low=0)
     out: str = option("", "run folder; runs/sd_sfd-<preset>-forget-<concept> if not given")
@@ -327,8 +328,7 @@ def main(config):
 
         def teacher_sample(z, c, noise=None):
             with run.autocast():
-                latents = ddim_sample(teacher, schedule, z, c, 50, guidance=config.k_teacher, x0_clip=False,
-                                      null=nothing)
+                latents = ddim_sample(teacher, schedule, z, c, 50, guidance=4.5, x0_clip=False, null=nothing)
             return sd.vae.decode(latents.float())
 
         def spread(prompts, n):  # n of them, evenly
@@ -337,7 +337,7 @@ def main(config):
         rows = spread(forget, 4) + spread(retained, 6)
         with torch.no_grad():
             c = sd.embed(rows).repeat_interleave(8 if tiny else 2, dim=0)
-        for name, draw, title in (("before", teacher_sample, f"teacher, 50 steps, guidance {config.k_teacher}"),
+        for name, draw, title in (("before", teacher_sample, "teacher, 50 steps, guidance 4.5"),
                                   ("after", sample, "SFD, 1 network call")):
             pictures, _ = generate(draw, c, teacher.image_shape, config.seed, run.device, 80 if tiny else 10)
             prompt_grid(pictures, rows, run.folder / f"samples_{name}.png", title, range(min(4, len(forget))))
