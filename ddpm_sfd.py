@@ -85,7 +85,7 @@ class Config:
     t_init: int = option(440, "the noise level that the generator works at; official: 440", low=0, high=999)
     t_min: int = option(20, "first step at which the scores are compared; official: 38", low=0, high=999)
     t_max: int = option(600, "the step before which they end; official: 712", low=1, high=1000)
-    ema: float = option(0.97, "decay of theta's weight average, the result; official: 0.9999", low=0, high=1)
+    ema: float = option(0.99, "decay of theta's weight average, the result; official: 0.9999", low=0, high=1)
     clip_value: float = option(1.0, "each gradient entry is clipped to +-this; official: 1", low=0)
     clip_images: str = option("on", "clip x_g to [-1, 1] before the scores see it, as it is before anyone looks at it; "
                               "our choice; official: off", choices=["on", "off"])

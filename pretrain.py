@@ -69,7 +69,7 @@ PRESETS = {
     "stl10-classifier": dict(steps=15_600, batch_size=128, lr=0.1),  # 400
     "tiny-sd-autoencoder": dict(steps=2_000, batch_size=64, lr=2e-3),
     "tiny-sd": dict(steps=8_000, batch_size=64, lr=2e-3, amp="off", init=AUTOENCODER),  # bf16 is slower here
-    "tiny-sd-posterior": dict(steps=2_000, batch_size=64, lr=1e-3, amp="off"),
+    "tiny-sd-posterior": dict(steps=600, batch_size=64, lr=1e-3, amp="off"),
     # as in the official code: 800,000 iterations, flips, one label in ten dropped, plain loss; the rate is our choice
     "cifar10": dict(steps=800_000, batch_size=128, lr=2e-4, lr_down=0.0, ema=0.9999, flip=0.5, min_snr=1e9),
     "cifar10-posterior": dict(steps=50_000, batch_size=128, lr=2e-5, init="hub:google/ddpm-cifar10-32", min_snr=1e9),
