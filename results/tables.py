@@ -89,6 +89,43 @@ def vdu():
     return lines
 
 
+def concepts():
+    """One row a concept: mean and standard deviation over seeds, the worst seed beside it; accuracies beside the
+    teacher's."""
+    runs = [json.loads(path.read_text()) for path in sorted((HERE / "sd_sfd-tiny").glob("*.json"))]
+    lines = [
+        "| forgotten | UA, % (worst) | near accuracy, % (worst) | teacher's | far accuracy, % (worst) | teacher's | FID (worst) | teacher's | worst ratio | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+
+    def row(name, group):
+        def accuracy(key):
+            values = [100 * run[key] for run in group if run[key] is not None]
+            if not values:
+                return "no such prompts | "
+            teacher = mean(100 * run[f"teacher_{key}"] for run in group if run[key] is not None)
+            return f"{spread(values, '{:.1f}')} ({min(values):.1f}) | {teacher:.1f}"
+
+        ua, fid = [100 * run["ua"] for run in group], [run["fid"] for run in group]
+        return (
+            f"| {name} | {spread(ua, '{:.1f}')} ({min(ua):.1f}) | {accuracy('near')} | {accuracy('far')} "
+            f"| {spread(fid, '{:.3f}')} ({max(fid):.3f}) | {mean(run['teacher_fid'] for run in group):.3f} "
+            f"| {max(run['fid'] / run['teacher_fid'] for run in group):.2f} | {spread([run['seconds'] for run in group], '{:.0f}')} |"
+        )
+
+    for concept in sorted({run["forget"] for run in runs}, key=lambda concept: (len(concept.split()), concept)):
+        lines.append(row(concept, [run for run in runs if run["forget"] == concept]))
+    first, seeds = runs[0], sorted({run["seed"] for run in runs})
+    lines += [
+        row(f"**all {len(runs)} runs**", runs),
+        "",
+        f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; {first['images']:,} pictures a run, {first['images_per_pair']} of each digit in each colour; "
+        f"{first['config']['steps']} steps; machine: {first['machine']}, {first['amp']}. Near: prompts that share a word with the concept. "
+        f"Made by `python results/all_classes.py sd_sfd`, raw numbers in `results/sd_sfd-tiny/`.",
+    ]
+    return lines
+
+
 def step_time():
     lines = [
         "| network | batch | plain float32, two passes | `ddpm_sfd.py` | times as fast | peak memory, plain → ours |",
@@ -119,7 +156,7 @@ def sampling():
 
 
 def render(text):
-    for name, table in (("all-classes", all_classes), ("vdu", vdu), ("step-time", step_time), ("sampling", sampling)):
+    for name, table in (("all-classes", all_classes), ("concepts", concepts), ("vdu", vdu), ("step-time", step_time), ("sampling", sampling)):
         block = "\n".join([f"<!-- {name}: made by results/tables.py -->", *table(), f"<!-- end {name} -->"])
         text, found = re.subn(
             rf"<!-- {name}: .*?<!-- end {name} -->", lambda _, block=block: block, text, flags=re.DOTALL
