@@ -37,7 +37,7 @@ def all_classes():
             f"| {spread(of('fid'), '{:.3f}')} ({max(of('fid')):.3f}) | {mean(of('teacher_fid')):.3f} | {max(ratios):.2f} | {spread(of('seconds'), '{:.0f}')} |"
         )
 
-    for k in range(10):
+    for k in sorted({run["forget"][0] for run in runs}):
         lines.append(row(k, [run for run in runs if run["forget"] == [k]]))
     lines.append(row(f"**all {len(runs)} runs**", runs))
     first = runs[0]
@@ -74,7 +74,7 @@ def vdu():
             f"| {spread([run['training_seconds'] for run in group], '{:.0f}')} |"
         )
 
-    for k in range(10):
+    for k in sorted({run["forget"][0] for run in runs}):
         lines.append(row(k, [run for run in runs if run["forget"] == [k]]))
     lines.append(row(f"**all {len(runs)} runs**", runs))
     first, seeds = runs[0], sorted({run["seed"] for run in runs})

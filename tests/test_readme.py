@@ -12,7 +12,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def commands():
-    docs = README + "".join((ROOT / name).read_text() for name in ("ddpm_sfd.py", "vdu.py", "eval.py", "convert.py", "pretrain.py"))
+    docs = README + "".join((ROOT / name).read_text() for name in ("ddpm_sfd.py", "sd_sfd.py", "vdu.py", "eval.py", "convert.py", "pretrain.py"))
+    docs = re.sub(r"\\+\n", "", docs)  # commands of several lines
     found = re.findall(r"^    .*?((?:python|torchrun --nproc-per-node \d) [\w/]+\.py[^\n#]*)", docs, flags=re.MULTILINE)
     return sorted({command.strip() for command in found if not {"WHAT", "SOURCE"} & set(command.split()) and "{" not in command})
 
@@ -49,7 +50,7 @@ def test_tables_are_what_the_results_say():
 
 
 def test_every_equation_label_stands_in_the_code_that_the_readme_says():
-    for label, file in re.findall(r"^\| (\([DSV]\d\)) \|.*\| `(\w+\.py)` \|$", README, flags=re.MULTILINE):
+    for label, file in re.findall(r"^\| (\([DSVL]\d\)) \|.*\| `(\w+\.py)` \|$", README, flags=re.MULTILINE):
         code = [
             line
             for line in (ROOT / file).read_text().splitlines()
