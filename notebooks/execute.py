@@ -5,7 +5,7 @@
 
 After a change of any code cell this has to be run: it stores in the notebook a hash of the code cells that its outputs
 come from, and tests/test_notebooks.py compares. What changes from run to run is left out: times, progress bars, the
-versions of this machine.
+versions of this machine. The picture of the cell tagged `picture` is written beside the notebook too, for the README.
 """
 import base64
 import hashlib
@@ -53,7 +53,7 @@ def execute(notebook, cwd=FOLDER, timeout=600):
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs
-                            if not (output.get("name") == "stderr" and re.search(r"\d+%\|", output.text))]
+                            if not (output.get("name") == "stderr" and re.search(r"\d+%\||^\s*$", output.text))]
             for data in (output.data for output in cell.outputs if "image/png" in output.get("data", {})):
                 data["image/png"] = smaller(data["image/png"])
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
@@ -61,11 +61,19 @@ def execute(notebook, cwd=FOLDER, timeout=600):
     return notebook
 
 
+def picture(notebook):
+    """The PNG file that the one cell tagged `picture` has drawn: bytes."""
+    [cell] = [cell for cell in notebook.cells if "picture" in cell.metadata.get("tags", [])]
+    [png] = [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
+    return base64.b64decode(png)
+
+
 def main(paths):
-    for path in paths or sorted(FOLDER.glob("*.ipynb")):
+    for path in map(Path, paths or sorted(FOLDER.glob("*.ipynb"))):
         notebook = execute(nbformat.read(path, as_version=4))
         nbformat.write(notebook, path)
-        print(f"{path}: {Path(path).stat().st_size / 1000:.0f} KB")
+        path.with_suffix(".png").write_bytes(picture(notebook))
+        print(f"{path}: {path.stat().st_size / 1000:.0f} KB")
 
 
 if __name__ == "__main__":
