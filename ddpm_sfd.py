@@ -90,6 +90,7 @@ class Config:
     clip_images: str = option("on", "clip x_g to [-1, 1] before the scores see it, as it is before anyone looks at it; "
                               "our choice; official: off", choices=["on", "off"])
     amp: str = option("auto", "mixed precision; auto: bf16 where it is native", choices=["auto", "bf16", "fp16", "off"])
+    compile: bool = option(False, "torch.compile the networks: minutes at the start, then faster steps on a GPU")
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
     seed: int = option(0, "seed of everything random", low=0)
     out: str = option("", "run folder; runs/ddpm_sfd-<preset>-forget<classes> if not given")
@@ -185,12 +186,13 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
     n_retained = max(1, config.batch_size // run.world)
     n_forgotten = max(1, config.forget_batch_size // run.world) if len(forget) else 0
 
-    teacher = teacher.eval().requires_grad_(False)  # phi
-    fake_score = (fake_score or copy.deepcopy(teacher)).requires_grad_(True)  # psi
-    generator = (generator or copy.deepcopy(teacher)).requires_grad_(True)  # theta
+    teacher = run.prepare(teacher.eval().requires_grad_(False))  # phi
+    fake_score = run.prepare((fake_score or copy.deepcopy(teacher)).requires_grad_(True))  # psi
+    generator = run.prepare((generator or copy.deepcopy(teacher)).requires_grad_(True))  # theta
     ema = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    optimizer_psi = torch.optim.Adam(fake_score.parameters(), lr=config.lr_fake_score, betas=(0.0, 0.999), eps=1e-8)
-    optimizer_theta = torch.optim.Adam(generator.parameters(), lr=config.lr_generator, betas=(0.0, 0.999), eps=1e-8)
+    adam = dict(betas=(0.0, 0.999), eps=1e-8, fused=run.fused)
+    optimizer_psi = torch.optim.Adam(fake_score.parameters(), lr=config.lr_fake_score, **adam)
+    optimizer_theta = torch.optim.Adam(generator.parameters(), lr=config.lr_generator, **adam)
     decays = [torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, config.lr_end, config.steps)
               for optimizer in (optimizer_psi, optimizer_theta)]
     state = {"fake_score": fake_score, "generator": generator, "ema": ema, "optimizer_psi": optimizer_psi,

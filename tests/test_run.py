@@ -1,5 +1,6 @@
 """The safety of a run: what is killed resumes to the same bits, what goes wrong says so, what is someone else's stays."""
 
+import copy
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from conftest import ROOT, python, words
 
 import run as housekeeping
 from run import Run, option, parse
+from unet import load_unet, save_unet
 
 SFD = "ddpm_sfd.py --forget 1 --classifier none --batch-size 6 --forget-batch-size 2 --override random"
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -91,38 +93,44 @@ from ddpm_sfd import Config, read_classes, train
 from run import Run
 from unet import VPSchedule
 
-config = Config(steps=3, batch_size=8, forget_batch_size=4, amp="off", out={out!r})
+config = Config(steps=3, batch_size=8, forget_batch_size=4, amp="off", device={device!r}, out={out!r})
 run = Run(config, "")
-own_random_state = torch.get_rng_state()
+get_state, set_state = (torch.cuda.get_rng_state, torch.cuda.set_rng_state) if {device!r} == "cuda" else (torch.get_rng_state, torch.set_rng_state)
+own_random_state = get_state()
 
 # one step of plain gradient descent on a batch that is split over the processes
 torch.manual_seed(0)
-net = torch.nn.Linear(3, 1)
-x = torch.arange(12.0).view(4, 3)[run.rank * 2:run.rank * 2 + 2]
+net = torch.nn.Linear(3, 1).to(run.device)
+x = torch.arange(12.0, device=run.device).view(4, 3)[run.rank * 2:run.rank * 2 + 2]
 parallel = run.parallel(net)
 run.update("loss", parallel(x).square().mean(), net, torch.optim.SGD(net.parameters(), lr=0.1))
 
 # three steps of SFD, each process with labels and noise of its own
-teacher = random_unet(image_size=8, attention_at=(4,))
-torch.set_rng_state(own_random_state)
-train(config, run, teacher, VPSchedule.linear(), read_classes(config, 10))
-torch.save({{"linear": net.state_dict(), "random": torch.get_rng_state(),
+teacher = random_unet(image_size=8, attention_at=(4,)).to(run.device)
+set_state(own_random_state)
+train(config, run, teacher, VPSchedule.linear().to(run.device), read_classes(config, 10))
+torch.save({{"linear": net.state_dict(), "random": get_state(),
             **{{name: run.state[name].state_dict() for name in ("fake_score", "generator")}}}}, {out!r} + f"/rank{{run.rank}}.pt")
 torch.distributed.destroy_process_group()
 """
 
 
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+
+
 @pytest.mark.slow
-def test_gradients_over_processes_are_those_of_the_whole_batch(tmp_path):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, two_gpus])])
+def test_gradients_over_processes_are_those_of_the_whole_batch(tmp_path, device):
+    """Over gloo on CPUs, over NCCL on GPUs."""
     script = tmp_path / "script.py"
-    script.write_text(GRADIENTS.format(root=str(ROOT), out=str(tmp_path / "out")))
+    script.write_text(GRADIENTS.format(root=str(ROOT), out=str(tmp_path / "out"), device=device))
     process = python(str(script), tmp_path, processes=2, env=ONE_THREAD)
     assert process.returncode == 0, process.stderr
     torch.manual_seed(0)
     net = torch.nn.Linear(3, 1)
     net(torch.arange(12.0).view(4, 3)).square().mean().backward()
     torch.optim.SGD(net.parameters(), lr=0.1).step()
-    first, second = (torch.load(tmp_path / f"out/rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    first, second = (torch.load(tmp_path / f"out/rank{rank}.pt", map_location="cpu", weights_only=True) for rank in (0, 1))
     for saved in (first, second):
         torch.testing.assert_close(saved["linear"]["weight"], net.weight.data)
         torch.testing.assert_close(saved["linear"]["bias"], net.bias.data)
@@ -140,6 +148,7 @@ class Config:
     forget: str = option("0", "classes", nargs="+")
     lr: float = option(0.5, "learning rate", low=0)
     steps: int = option(3, "steps", low=0)
+    compile: bool = option(False, "compile")
     resume: bool = option(False, "go on")
     device: str = option("cpu", "where")
     amp: str = option("off", "precision")
@@ -245,9 +254,103 @@ def test_precision_is_detected_not_assumed(monkeypatch):
     assert housekeeping.choose_amp("off", cpu) is None and housekeeping.choose_amp("bf16", cpu) is torch.bfloat16
 
 
+def test_prepare_changes_no_name_and_no_number(tmp_path, tiny):
+    """Channels last and compiled, as on a GPU; what is saved is what it was, and copies are not compiled."""
+    run = Run(Config(out=str(tmp_path / "run")), "")
+    assert run.prepare(tiny) is tiny and tiny._compiled_call_impl is None and run.fused is None  # a CPU, without --compile
+    run.device, run.dtype, run.config.compile = torch.device("cuda"), torch.bfloat16, True
+    before = copy.deepcopy(tiny)
+    after = run.prepare(tiny)
+    assert after is tiny and after._compiled_call_impl is not None
+    assert after.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert [*after.state_dict()] == [*before.state_dict()]
+    assert copy.deepcopy(after)._compiled_call_impl is None
+    save_unet(before, tmp_path / "before.safetensors")
+    save_unet(after, tmp_path / "after.safetensors")
+    assert (tmp_path / "before.safetensors").read_bytes() == (tmp_path / "after.safetensors").read_bytes()
+    loaded = load_unet(tmp_path / "after.safetensors").state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in before.state_dict().items())
+
+
+# ------------------------------------------------------------------ on a GPU
+
+
 @pytest.mark.cuda
-@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-def test_cuda_precisions_train_to_finite_losses(tmp_path, tiny_file, amp):
-    process = python(f"{SFD} --teacher {tiny_file} --steps 20 --amp {amp} --device cuda --out out", tmp_path)
-    assert process.returncode == 0, process.stderr
+@pytest.mark.parametrize("words", ["--amp off", "--amp bf16", "--amp fp16", "--amp bf16 --compile", "--amp fp16 --compile"])
+def test_cuda_precisions_train_to_finite_losses(tmp_path, tiny_file, words):
+    process = python(f"{SFD} --teacher {tiny_file} --steps 20 {words} --device cuda --out out", tmp_path)
+    assert process.returncode == 0, process.stderr  # a loss that is not finite stops the run
     assert json.loads((tmp_path / "out/metrics.json").read_text())["machine"].startswith("NVIDIA")
+    saved = torch.load(tmp_path / "out/checkpoint.pt", map_location="cpu", weights_only=True)
+    assert len(saved["curves"]["loss_psi"]) == 20
+    names = load_unet(tiny_file).state_dict().keys()
+    for network in ("generator", "fake_score"):
+        assert saved["state"][network].keys() == names
+        assert all(v.isfinite().all() for v in saved["state"][network].values())
+        assert load_unet(tmp_path / f"out/{network}.safetensors").state_dict().keys() == names
+
+
+ON_DEVICE = """
+import sys
+import torch
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+from conftest import random_unet
+from ddpm_sfd import Config, read_classes, train
+from run import Run
+from unet import VPSchedule
+
+torch.use_deterministic_algorithms(True)
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def sfd(name, **words):
+    settings = dict(batch_size=8, forget_batch_size=4, lr_end=1.0, save_every=3)  # rates that do not depend on the steps
+    config = Config(device={device!r}, out={out!r} + "/" + name, **settings, **words)
+    run = Run(config, "")
+    teacher = random_unet(image_size=8, attention_at=(4,), dropout=0.0).to(run.device)
+    torch.manual_seed(1)
+    schedule = VPSchedule.linear().to(run.device)
+    generator, fake_score = train(config, run, teacher, schedule, read_classes(config, 10))
+    return run.curves, [*generator.state_dict().values(), *fake_score.state_dict().values()]
+
+"""
+RESUME = """
+for amp in {amps!r}:
+    curves, whole = sfd(amp, amp=amp, steps=6)
+    sfd(amp + "-half", amp=amp, steps=3)
+    again, resumed = sfd(amp + "-half", amp=amp, steps=6, resume=True)
+    assert curves == again and all(torch.equal(a, b) for a, b in zip(whole, resumed)), amp
+"""
+TOLERANCE = """
+exact, _ = sfd("off", amp="off", steps=6)
+for words in {variants!r}:
+    name = "-".join(map(str, ["variant", *words.values()]))
+    curves, _ = sfd(name, steps=6, **words)
+    for a, b in zip(exact["loss_psi"], curves["loss_psi"]):
+        assert abs(a - b) < 0.02 * abs(a), (name, a, b)
+    assert curves["loss_psi"] != exact["loss_psi"], name
+"""
+
+
+def on_device(tmp_path, device, script, **words):
+    (tmp_path / "script.py").write_text((ON_DEVICE + script).format(root=str(ROOT), out=str(tmp_path), device=device, **words))
+    process = python(str(tmp_path / "script.py"), tmp_path, env=ONE_THREAD | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"})
+    assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.cuda
+def test_cuda_resume_is_exact(tmp_path):
+    """Of deterministic kernels, in each precision; with fp16 the scaler's state is a part of it."""
+    on_device(tmp_path, "cuda", RESUME, amps=["off", "bf16", "fp16"])
+
+
+@pytest.mark.cuda
+def test_cuda_precisions_and_compilation_agree_with_float32(tmp_path):
+    variants = [dict(amp="bf16"), dict(amp="fp16"), dict(amp="off", compile=True), dict(amp="bf16", compile=True)]
+    on_device(tmp_path, "cuda", TOLERANCE, variants=variants)
+
+
+@pytest.mark.slow
+def test_bfloat16_agrees_with_float32_and_resumes(tmp_path):
+    """The same on a CPU, where it is always run."""
+    on_device(tmp_path, "cpu", RESUME + TOLERANCE, amps=["bf16"], variants=[dict(amp="bf16")])

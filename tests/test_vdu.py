@@ -2,11 +2,13 @@
 
 import copy
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import python, random_unet
+from conftest import ROOT, python, random_unet
 from torchvision.io import write_png
 
 import vdu
@@ -220,6 +222,84 @@ def test_same_seed_same_bits_and_resume_ends_in_them(tmp_path):
     assert not same_bits(half, resumed) and same_bits(whole, resumed)
     _, _, other = run_of(tmp_path, "other", gamma=0.5, seed=1)
     assert not same_bits(whole, other)
+
+
+# ------------------------------------------------------------------ several processes, and the compiler
+
+IN_PARALLEL = """
+import sys
+import torch
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import vdu
+from conftest import random_unet
+from run import Run
+from unet import VPSchedule
+
+drawn, original = [], vdu.plasticity_inducer
+
+
+def spy(unet, x0, t, noise, *rest):
+    if torch.is_grad_enabled():  # a training step; not the probe, which each process draws for itself
+        drawn.append((x0, t, noise))
+    return original(unet, x0, t, noise, *rest)
+
+
+vdu.plasticity_inducer = spy
+config = vdu.Config(steps=2, batch_size=4, lr=0.3, gamma=0.5, stop_at=0.0, t_min=0, t_max=1000, amp="off", out={out!r})
+run = Run(config, "")
+own_random_state = torch.get_rng_state()
+unet = random_unet(image_size=8, attention_at=(4,), num_classes=None)
+images = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+torch.set_rng_state(own_random_state)
+variance = {{k: torch.full_like(p, 1e-4) for k, p in unet.named_parameters()}}
+vdu.train(config, run, unet, variance, images, VPSchedule.linear())
+torch.save({{"unet": unet.state_dict(), "drawn": drawn}}, {out!r} + f"/rank{{run.rank}}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_step_down_the_gradient_of_both_batches(tmp_path, monkeypatch):
+    """The same bits in both processes and in a second run, and those of one process, up to rounding, when it is given
+    the images, steps and noise that the two have drawn."""
+    saved = {}
+    for name in ("first", "second"):
+        script = tmp_path / f"{name}.py"
+        script.write_text(IN_PARALLEL.format(root=str(ROOT), out=str(tmp_path / name)))
+        process = python(str(script), tmp_path, processes=2, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert process.returncode == 0, process.stderr
+        saved |= {(name, rank): torch.load(tmp_path / name / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)}
+    a, b = saved["first", 0], saved["first", 1]
+    for other in (b, saved["second", 0], saved["second", 1]):
+        assert all(torch.equal(a["unet"][k], other["unet"][k]) for k in a["unet"])
+    assert len(a["drawn"]) == 2 and a["drawn"][0][0].shape == (2, 1, 8, 8) and not torch.equal(a["drawn"][0][2], b["drawn"][0][2])
+
+    both = [[torch.cat(parts) for parts in zip(*steps)] for steps in zip(a["drawn"], b["drawn"])]
+    original = vdu.plasticity_inducer
+
+    def replay(unet, x0, t, noise, *rest):
+        return original(unet, *(both.pop(0) if torch.is_grad_enabled() else (x0, t, noise)), *rest)
+
+    monkeypatch.setattr(vdu, "plasticity_inducer", replay)
+    _, before, alone = run_of(tmp_path, "alone", steps=2, lr=0.3, gamma=0.5, optimizer="natural")
+    assert not both and not same_bits(before, alone)
+    for name, weight in alone.state_dict().items():
+        moved = (weight - before.state_dict()[name]).abs().max()
+        assert (weight - a["unet"][name]).abs().max() <= 1e-3 * moved + 1e-7, name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+def test_compiled_it_takes_nearly_the_same_steps(tmp_path, monkeypatch):
+    smallest = {"multipliers": (1,), "attention_at": ()}
+    monkeypatch.setattr("test_vdu.tiny_unconditional", lambda: random_unet(image_size=8, num_classes=None, **smallest))
+    eager, _, plain = run_of(tmp_path, "eager", steps=2)
+    compiled, before, after = run_of(tmp_path, "compiled", steps=2, compile=True)
+    for name in ("plasticity", "stability", "growth"):
+        assert compiled.curves[name] == pytest.approx(eager.curves[name], rel=1e-3), name
+    assert [*after.state_dict()] == [*plain.state_dict()] and not same_bits(before, after)
+    assert after._compiled_call_impl is not None and plain._compiled_call_impl is None
+    torch._dynamo.reset()
 
 
 # ------------------------------------------------------------------ the images that it may see
