@@ -14,7 +14,7 @@ nbformat = pytest.importorskip("nbformat", reason="needs requirements-dev.txt")
 pytest.importorskip("nbclient", reason="needs requirements-dev.txt")
 sys.path.insert(0, str(ROOT / "notebooks"))
 
-from execute import code_hash, execute  # noqa: E402
+from execute import code_hash, execute, picture  # noqa: E402
 from mixture import Mixture, same, three_classes  # noqa: E402
 
 from unet import VPSchedule  # noqa: E402
@@ -51,7 +51,7 @@ def key_numbers(notebook):
 
 
 def test_there_are_notebooks():
-    assert [path.name[:2] for path in PATHS][:2] == ["01", "02"]
+    assert [path.name[:2] for path in PATHS] == ["01", "02", "03", "04", "05"]
 
 
 @each_notebook
@@ -93,6 +93,14 @@ def test_it_reads_well(path):
 
 
 @each_notebook
+def test_its_picture_for_the_readme_is_the_one_in_it(path):
+    png = path.with_suffix(".png")
+    assert png.read_bytes() == picture(read(path)), f"run: python notebooks/execute.py notebooks/{path.name}"
+    assert png.stat().st_size < 60_000
+    assert f"(notebooks/{png.name})" in (ROOT / "README.md").read_text()
+
+
+@each_notebook
 def test_its_outputs_say_nothing_of_the_machine(path):
     notebook = read(path)
     assert set(notebook.metadata) == {"kernelspec", "language_info", "code_sha256"}
@@ -107,11 +115,12 @@ def test_its_outputs_say_nothing_of_the_machine(path):
 
 @each_notebook
 def test_its_labels_are_those_of_the_code(path):
-    """Equation labels such as (S3) are the ones that stand on lines of code; the papers' own numbers are not used."""
+    """Equation labels such as (S3) are the ones that stand on lines of code, or before a formula of the derivation in
+    vdu.py's docstring; the papers' own numbers are not used."""
     scripts = "".join((ROOT / name).read_text() for name in ("unet.py", "ddpm_sfd.py", "vdu.py"))
     text = "".join(cell.source for cell in read(path).cells)
     for label in set(re.findall(r"\([DSVL]\d\)", text)):
-        assert f"# {label}" in scripts or label[1] == "L", label
+        assert re.search(rf"(# |^    ){re.escape(label)} ", scripts, re.MULTILINE) or label[1] == "L", label
     assert not re.search(r"\b(Eq|Equation)\b\.? ?\(?\d", text)
 
 
