@@ -3,6 +3,7 @@
     python eval.py runs/ddpm_sfd-mnist-forget0/generator.safetensors --forget 0
     python eval.py mnist --sampler ddim --steps 50
     python eval.py mnist --sampler ancestral --data data      # with the real images also precision and recall
+    python eval.py generator.safetensors --features inception --data data --teacher cifar10.safetensors
     python eval.py runs/sd_sfd-tiny-forget-three/generator.safetensors
 
 What each number says, and what it misses:
@@ -24,36 +25,39 @@ and of a network that is not asked for a class:
     u_fid               fid of all its images against real images of the retained classes
     confidence          mean probability that the classifier gives to what it sees
 
-Features are the 128 of the MNIST classifier's penultimate layer, so the distances compare with nobody's Inception FID,
-only with each other: each report has the teacher's own and that of real test images (the floor) beside it. All classes
-weigh the same. Real and generated images alike are rounded to 8 bits before the classifier sees them.
+On MNIST, features are the 128 of the classifier's penultimate layer, so the distances compare with nobody's Inception
+FID, only with each other: each report has the teacher's own and that of real test images (the floor) beside it. All
+classes weigh the same. Real and generated images alike are rounded to 8 bits before the classifier sees them.
+
+--features inception is for CIFAR-10 and STL-10: the 2,048 of the FID Inception (inception.py), 5,000 images a class,
+the training images of the retained classes as reference, taken from --data once and kept there in a file. Accuracies
+then need a classifier (`pretrain.py cifar10-classifier`), and the teacher's numbers --teacher.
 """
 
 from collections import Counter
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
 
 from concepts import PAIRS, TEMPLATES, ConceptJudge, every_prompt, fill, shown
+from convert import load_teacher
 from data import mnist
 from features import Judge, load_classifier, look  # noqa: F401 (for the notebooks, too)
+from inception import evaluate_inception, load_inception, real_reference
 from metrics import (
     as_classes,
     class_accuracies,
     class_moments,
-    entropy,
     frechet_distance,
-    inception_score,
     mean_confidence,
     moments,  # noqa: F401 (the same)
     percent_unlearned,
     pool,
     precision_recall,
-    retained_accuracy,
-    unlearning_accuracy,
+    report,
+    unlearning_accuracy,  # noqa: F401 (the same)
 )
-from run import checksum, choose_amp, choose_device, commit, machine, option, parse, refuse, refusing, write_json
+from run import checksum, choose_amp, choose_device, commit, machine, option, parse, refusing, write_json
 from samples import balanced_labels, generate, image_grid, sampler_of, unconditional_sampler  # noqa: F401 (the same)
 from stable_diffusion import load_stable_diffusion
 from unet import VPSchedule, ddim_sample, load_unet, read_tensors
@@ -81,63 +85,34 @@ def check_forget(forget, classes=10):
 # ---------------------------------------------------------------------------- reports
 
 
-def report(labels, features, probabilities, statistics, forget=()):
-    """Every number that needs no real image at hand, as a dictionary for metrics.json.
-
-    labels (N,): each class 0 .. K-1 equally often; features (N, D), probabilities (N, K): as a `Judge` gives them.
-    statistics: name -> (means (K, D), covariances (K, D, D), counts (K,)); "train" is the reference of every FID.
-    """
-    predictions, kept = probabilities.argmax(1), [k for k in labels.unique().tolist() if k not in forget]
-    asked = torch.isin(labels, as_classes(forget))
-
-    def fid(means, covariances, counts):  # all classes weigh the same
-        real_means, real_covariances, _ = statistics["train"]
-        return frechet_distance(*pool(means[kept], covariances[kept]), *pool(real_means[kept], real_covariances[kept]))
-
-    result = {
-        "retained_accuracy": retained_accuracy(labels, predictions, forget),
-        "class_accuracy": class_accuracies(labels, predictions),
-        "fid": fid(*class_moments(features, labels)),
-        "teacher_fid": fid(*statistics["teacher"]),
-        "real_test_fid": fid(*statistics["test"]),
-        "inception_score": inception_score(probabilities[~asked]),
-        "entropy_retained": entropy(probabilities[~asked]),
-    }
-    if asked.any():
-        result |= {
-            "ua": unlearning_accuracy(labels, predictions, forget),
-            "ua_images": int(asked.sum()),
-            "entropy_forgotten": entropy(probabilities[asked]),
-            "became": {k: F.one_hot(predictions[labels == k], probabilities.shape[1]).double().mean(0).tolist()
-                       for k in forget},
-        }
-    return result
-
-
 def evaluate(sample, nfe, judge, unet, forget, per_class, seed, teacher_sample=None, real=None, batch=250):
     """Draw `per_class` images of every class with `sample` (z, c, noise) -> images, and judge them: the report.
 
     unet: the teacher, for its shape and for its own numbers, which come with the statistics when it is the shipped
-    one, and are drawn with `teacher_sample` when it is not. real: images (N, 1, 28, 28) of retained classes to take
-    precision and recall against. nfe: network calls an image, for the record.
+    one, and are drawn with `teacher_sample` when it is not. real: images (N, C, H, W) of retained classes to take
+    precision and recall against. nfe: network calls an image, for the record. A judge without statistics reports
+    accuracies alone.
     """
     labels = balanced_labels(unet.num_classes, per_class)
     images, seconds = generate(sample, labels, unet.image_shape, seed, judge.device, batch, "to judge")
     features, probabilities = judge(images)
-    statistics, accuracies = judge.statistics, judge.facts["teacher"]["class_accuracy"]
-    if teacher_sample and checksum(unet.path) != judge.facts["teacher"]["sha256"]:
+    statistics, known = judge.statistics, judge.facts.get("teacher", {})
+    accuracies = known.get("class_accuracy")
+    if teacher_sample and checksum(unet.path) != known.get("sha256"):
         its_images, _ = generate(teacher_sample, labels, unet.image_shape, seed, judge.device, batch, "teacher")
         its_features, its_probabilities = judge(its_images)
-        statistics = statistics | {"teacher": class_moments(its_features, labels)}
+        statistics = statistics and statistics | {"teacher": class_moments(its_features, labels)}
         accuracies = [*class_accuracies(labels, its_probabilities.argmax(1)).values()]
     result = report(labels, features, probabilities, statistics, forget)
     kept = [k for k in range(unet.num_classes) if k not in forget]
-    result["teacher_retained_accuracy"] = sum(accuracies[k] for k in kept) / len(kept)
+    if accuracies:
+        result["teacher_retained_accuracy"] = sum(accuracies[k] for k in kept) / len(kept)
     if real is not None:
         generated = features[torch.isin(labels, as_classes(kept))]
         result["precision"], result["recall"] = precision_recall(judge(real)[0], generated)
+    if statistics:
+        result |= {"features": judge.facts["features"], "reference": judge.facts["reference"]}
     return result | {"nfe": nfe, "seconds_per_1000": 1000 * seconds / len(labels), "images_per_class": per_class,
-                     "features": judge.facts["features"], "reference": judge.facts["reference"],
                      "evaluation_seed": seed,
                      "preprocessing": "clipped to [-1, 1], rounded to 8 bits, real and generated alike"}
 
@@ -270,6 +245,12 @@ def evaluate_concept(sample, sd, judge, concept, per_pair, seed, teacher, nfe=1)
 def table(result):
     """The report for people: one line a number."""
     rows = []
+
+    def with_teacher(name, form, more=""):
+        its = f"teacher_{name}"
+        beside = (f"teacher {form.format(result[its])}" if its in result else "") + more
+        return form.format(result[name]) + (f"   ({beside.removeprefix(', ')})" if beside else "")
+
     if "far" in result:
         def beside(name):
             return "none" if result[name] is None else f"{result[name]:.2%}   (teacher {result[f'teacher_{name}']:.2%})"
@@ -284,9 +265,10 @@ def table(result):
                  ("seconds per 1,000", f"{result['seconds_per_1000']:.2f}")]
         return "\n".join(f"{name:>26}  {value}" for name, value in rows)
     if "pul" in result:
-        rows = [
-            ("PUL (forgotten class gone)", f"{result['pul']:.2%}   ({result['n_before']} before, {result['n_after']} "
-                                           f"after, of {result['images']:,} images)"),
+        counts = f"{result['n_before']} before, {result['n_after']} after, of {result['images']:,} images"
+        rows = [("PUL (forgotten class gone)", f"{result['pul']:.2%}   ({counts})")]
+    if "u_fid" in result:
+        rows += [
             ("u-FID", f"{result['u_fid']:.3f}   (teacher's retained images {result['teacher_fid']:.3f}, all its images "
                       f"{result['teacher_u_fid']:.3f}, real test images {result['real_test_fid']:.3f})"),
             ("with classes alike", f"{result['balanced_fid']:.3f}   (teacher's {result['teacher_balanced_fid']:.3f})"),
@@ -301,19 +283,19 @@ def table(result):
         for k, shares in result["became"].items():
             best = sorted(enumerate(shares), key=lambda item: -item[1])[:3]
             rows.append((f"asked for {k}, it draws", ", ".join(f"{share:.1%} {j}s" for j, share in best if share > 0)))
-    accuracy = {k: f"{k}: {v:.1%}" for k, v in result["class_accuracy"].items() if k not in result.get("became", {})}
-    teacher = result["teacher_retained_accuracy"]
-    rows += [
-        ("retained accuracy", f"{result['retained_accuracy']:.2%}   (teacher {teacher:.2%})"),
-        ("by class", "  ".join(accuracy.values())),
-        ("FID on retained classes", f"{result['fid']:.3f}   (teacher {result['teacher_fid']:.3f}, "
-                                    f"real test images {result['real_test_fid']:.3f})"),
-        ("inception score", f"{result['inception_score']:.2f}"),
-        ("network calls an image", f"{result['nfe']}"),
-        ("seconds per 1,000 images", f"{result['seconds_per_1000']:.2f}"),
-    ]
-    if "precision" in result:
-        rows.insert(-3, ("precision, recall", f"{result['precision']:.3f}, {result['recall']:.3f}"))
+    if "retained_accuracy" in result:
+        others = [f"{k}: {v:.1%}" for k, v in result["class_accuracy"].items() if k not in result.get("became", {})]
+        rows += [("retained accuracy", with_teacher("retained_accuracy", "{:.2%}")), ("by class", "  ".join(others))]
+    if "fid" in result:
+        floor = f", real test images {result['real_test_fid']:.3f}"
+        rows += [("FID on retained classes", with_teacher("fid", "{:.3f}", floor))]
+    for name in ("precision", "recall"):
+        if name in result:
+            rows += [(name, with_teacher(name, "{:.3f}"))]
+    if "inception_score" in result:
+        rows += [("inception score", with_teacher("inception_score", "{:.2f}"))]
+    rows += [("network calls an image", f"{result['nfe']}"),
+             ("seconds per 1,000 images", f"{result['seconds_per_1000']:.2f}")]
     return "\n".join(f"{name:>26}  {value}" for name, value in rows)
 
 
@@ -332,11 +314,17 @@ class Config:
     eta: float = option(0.0, "ddim: 0 deterministic, 1 as much noise as the ancestral sampler", low=0, high=1)
     guidance: float = option(1.0, "null + guidance (cond - null); 1 is none")
     forget: str = option("auto", "classes that should be gone; auto: what the checkpoint's card says; none", nargs="+")
-    per_class: int = option(300, "images of each class; FIDs compare only at equal numbers", low=2)
+    features: str = option("classifier", "what distances are taken on; inception: CIFAR-10 and STL-10, needs --data",
+                           choices=["classifier", "inception"])
+    per_class: int = option(0, "images of each class; FIDs compare only at equal numbers; 0: 300, with Inception 5,000",
+                            low=0)
     images: int = option(2000, "images of an unconditional checkpoint", low=100)
     per_pair: int = option(20, "pictures of each digit in each colour, of a text-to-image checkpoint", low=1)
-    data: str = option("", "folder with MNIST: adds precision and recall against its training images")
-    classifier: str = option("mnist-classifier", "shipped name or file")
+    data: str = option("", "folder with MNIST: adds precision and recall against its training images; with Inception "
+                           "the folder with CIFAR-10 or STL-10")
+    teacher: str = option("", "the network before, for its own numbers: a shipped name, a file, a URL or hub:ORG/NAME")
+    inception: str = option("", "the FID Inception's weights, a file or a URL; if not given they are fetched once")
+    classifier: str = option("auto", "shipped name or file; auto: mnist-classifier, with Inception none")
     statistics: str = option("mnist-statistics", "shipped name or file")
     batch_size: int = option(250, "images at a time; changes no number", low=1)
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
@@ -380,37 +368,64 @@ def main_of_concepts(config, unet, device):
     show(config, result, concept, kind, device)
 
 
+def choose_sampler(config, unet, schedule):
+    """(sampler, network calls an image, its kind) as --sampler says; ValueError if the network cannot be sampled so."""
+    kind = config.sampler if config.sampler != "auto" else "one-step" if "t_init" in unet.card else "ddim"
+    if kind == "one-step" and "t_init" not in unet.card:
+        raise ValueError(f"--sampler one-step: {config.checkpoint} is no distilled generator (its card has no t_init)")
+    return *sampler_of(unet, schedule, kind, config.steps, config.eta, config.guidance), kind
+
+
 def main(config):
     device = choose_device(config.device)
     with refusing():
         unet = load_unet(config.checkpoint).to(device)
     if unet.text_dim is not None:
         return main_of_concepts(config, unet, device)
+    unconditional, on_inception = unet.num_classes is None, config.features == "inception"
+    schedule, per_class = VPSchedule.linear().to(device), config.per_class or (5000 if on_inception else 300)
+    classifier = config.classifier if config.classifier != "auto" else "none" if on_inception else "mnist-classifier"
     with refusing():
-        judge = Judge(unet, config.classifier, config.statistics)
+        if classifier == "none" and not on_inception:
+            raise ValueError("--classifier none: nothing is left to look at the images; see --features inception")
+        judge = None if classifier == "none" else Judge(unet, classifier, config.statistics)
         said = ",".join(map(str, unet.card.get("forget", []))) or "none"
         forget = parse_classes(said if config.forget == "auto" else config.forget, 10)
         if forget:
             check_forget(forget)
-        teacher = load_unet(unet.card.get("teacher", "mnist-unconditional")) if unet.num_classes is None else None
-        if teacher and not forget:
-            raise ValueError(f"{config.checkpoint} is unconditional; say with --forget which class should be gone")
+        sample, nfe, kind = choose_sampler(config, unet, schedule)
+        teacher = load_teacher(config.teacher).to(device) if config.teacher else None
+        if teacher and (teacher.image_shape, teacher.num_classes) != (unet.image_shape, unet.num_classes):
+            raise ValueError(f"--teacher {config.teacher} draws {teacher.num_classes or 'no'} classes of "
+                             f"{teacher.image_shape}, unlike {config.checkpoint}")
+        teacher_sample = teacher and sampler_of(teacher, schedule, "ddim", config.steps)[0]
+        if on_inception:
+            if not config.data:
+                raise ValueError("--features inception needs --data, the folder with the real images to compare with")
+            inception = load_inception(config.inception).to(device)
+            reference = real_reference(inception, unet.image_shape, config.data, forget, device)
+        elif unconditional:
+            if judge.statistics is None:
+                raise ValueError(f"the distances of {config.checkpoint} need --features inception")
+            if not forget:
+                raise ValueError(f"{config.checkpoint} is unconditional; say with --forget which class should be gone")
+            teacher = teacher or load_unet(unet.card.get("teacher", "mnist-unconditional")).to(device)
         real = None
-        if config.data:
+        if config.data and not on_inception:
             real, labels = mnist(config.data, train=True)
-            real = real[~torch.isin(labels, as_classes(forget))][: config.per_class * (unet.num_classes - len(forget))]
-    if teacher:
-        schedule = VPSchedule.linear().to(device)
+            real = real[~torch.isin(labels, as_classes(forget))][: per_class * (10 - len(forget))]
+    if on_inception:
+        n = config.images if unconditional else per_class
+        result = evaluate_inception(sample, nfe, unet, forget, n, config.seed, inception, reference, judge,
+                                    teacher_sample, config.batch_size)
+        return show(config, result, forget, kind, device)
+    if unconditional:
         dtype = choose_amp("auto", device)
-        after, before = (unconditional_sampler(network.to(device), schedule, dtype) for network in (unet, teacher))
+        after, before = (unconditional_sampler(network, schedule, dtype) for network in (unet, teacher))
         result = evaluate_unconditional(after, judge, forget, config.images, teacher, before, dtype, config.seed)
         return show(config, result, forget, "ddim", device)
-    kind = config.sampler if config.sampler != "auto" else "one-step" if "t_init" in unet.card else "ddim"
-    if kind == "one-step" and "t_init" not in unet.card:
-        refuse(f"--sampler one-step: {config.checkpoint} is not a distilled generator (its card has no t_init)")
-    schedule = VPSchedule.linear().to(device)
-    sample, nfe = sampler_of(unet, schedule, kind, config.steps, config.eta, config.guidance)
-    result = evaluate(sample, nfe, judge, unet, forget, config.per_class, config.seed, None, real, config.batch_size)
+    result = evaluate(sample, nfe, judge, teacher or unet, forget, per_class, config.seed, teacher_sample, real,
+                      config.batch_size)
     show(config, result, forget, kind, device)
 
 

@@ -20,8 +20,18 @@ from torch import nn
 from convert import fetch
 from data import cifar10, stl10
 from features import look
-from metrics import as_classes, frechet_distance, inception_score, moments, precision_recall
+from metrics import (
+    as_classes,
+    frechet_distance,
+    inception_score,
+    mean_confidence,
+    moments,
+    percent_unlearned,
+    precision_recall,
+    report,
+)
 from run import checksum
+from samples import balanced_labels, generate
 from unet import read_tensors, write_tensors
 
 WEIGHTS = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -189,7 +199,7 @@ def real_reference(inception, shape, folder, forget=(), device="cpu"):
     if path.is_file():
         tensors, facts = read_tensors(path, "Inception reference")
         if facts["inception_sha256"] == inception.sha256:
-            return tensors, facts
+            return tensors, {name: fact for name, fact in facts.items() if name != "kind"}
 
     def kept(train):
         images, labels = dataset(folder, train)
@@ -214,3 +224,37 @@ def inception_metrics(images, inception, reference, device="cpu"):
     return {"fid": frechet_distance(*moments(features), reference["mean"], reference["covariance"]),
             "inception_score": inception_score(probabilities, splits=min(10, len(images))),
             "precision": precision, "recall": recall}
+
+
+def evaluate_inception(sample, nfe, unet, forget, n, seed, inception, reference, judge=None, teacher_sample=None,
+                       batch=250):
+    """Draw `n` images of every class (`n` in all, where `unet` is unconditional) with `sample` (z, c, noise) -> images
+    and compare those of the retained classes (all, where unconditional: u-FID) with real ones: FID, inception score,
+    precision and recall on Inception features, as a dictionary for metrics.json.
+
+    reference: what `real_reference` gives. judge: a classifier, for accuracies and UA, or for PUL and confidence.
+    teacher_sample: the teacher's sampler; its own numbers, from the same noise, then stand beside, as `teacher_...`.
+    """
+    device, (real, facts) = next(inception.parameters()).device, reference
+    labels = n if unet.num_classes is None else balanced_labels(unet.num_classes, n)
+
+    def numbers(sample, bar):
+        images, seconds = generate(sample, labels, unet.image_shape, seed, device, batch, bar)
+        kept = images if unet.num_classes is None else images[~torch.isin(labels, as_classes(forget))]
+        result = inception_metrics(kept, inception, real, device)
+        if judge and unet.num_classes is None:
+            seen = judge(images)[1]
+            result |= {"counts": seen.argmax(1).bincount(minlength=10).tolist(), "confidence": mean_confidence(seen)}
+        elif judge:
+            result |= report(labels, None, judge(images)[1], None, forget)
+        return result | {"images": len(images), "seconds_per_1000": 1000 * seconds / len(images)}
+
+    result = numbers(sample, "to judge")
+    if teacher_sample:
+        result |= {f"teacher_{name}": value for name, value in numbers(teacher_sample, "teacher").items()}
+    if "teacher_counts" in result and forget:
+        before, after = (sum(result[name][k] for k in forget) for name in ("teacher_counts", "counts"))
+        result |= {"pul": percent_unlearned(before, after), "n_before": before, "n_after": after}
+    return result | facts | {
+        "nfe": nfe, "evaluation_seed": seed, "features": "FID Inception (December 2015), 2,048, at 299 px",
+        "preprocessing": "clipped to [-1, 1], rounded to 8 bits, resized as in TensorFlow 1, real and generated alike"}

@@ -1,6 +1,7 @@
 """Every metric as a function: numbers in, numbers out. No network, no file; eval.py says what each is good for."""
 
 import torch
+import torch.nn.functional as F
 
 # ---------------------------------------------------------------------------- from labels
 
@@ -124,3 +125,43 @@ def precision_recall(real, generated, k=3):
 
     real, generated = real.double(), generated.double()
     return share_inside(generated, real), share_inside(real, generated)
+
+
+# ---------------------------------------------------------------------------- all of them, of images asked for by class
+
+
+def report(labels, features, probabilities, statistics, forget=()):
+    """Every number that needs no real image at hand, as a dictionary for metrics.json.
+
+    labels (N,): each class 0 .. K-1 equally often; features (N, D), probabilities (N, K): as a `Judge` gives them.
+    statistics: name -> (means (K, D), covariances (K, D, D), counts (K,)); "train" is the reference of every FID. None:
+    accuracies alone.
+    """
+    predictions, kept = probabilities.argmax(1), [k for k in labels.unique().tolist() if k not in forget]
+    asked = torch.isin(labels, as_classes(forget))
+
+    def fid(means, covariances, counts):  # all classes weigh the same
+        real_means, real_covariances, _ = statistics["train"]
+        return frechet_distance(*pool(means[kept], covariances[kept]), *pool(real_means[kept], real_covariances[kept]))
+
+    result = {
+        "retained_accuracy": retained_accuracy(labels, predictions, forget),
+        "class_accuracy": class_accuracies(labels, predictions),
+        "entropy_retained": entropy(probabilities[~asked]),
+    }
+    if statistics:
+        result |= {
+            "fid": fid(*class_moments(features, labels)),
+            "teacher_fid": fid(*statistics["teacher"]),
+            "real_test_fid": fid(*statistics["test"]),
+            "inception_score": inception_score(probabilities[~asked]),
+        }
+    if asked.any():
+        result |= {
+            "ua": unlearning_accuracy(labels, predictions, forget),
+            "ua_images": int(asked.sum()),
+            "entropy_forgotten": entropy(probabilities[asked]),
+            "became": {k: F.one_hot(predictions[labels == k], probabilities.shape[1]).double().mean(0).tolist()
+                       for k in forget},
+        }
+    return result

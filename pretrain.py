@@ -29,7 +29,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import tiny_sd
 from convert import load_teacher
 from data import cifar10, mnist, stl10
-from eval import (
+from features import Classifier, ResNet34, load_classifier, look
+from metrics import (
     class_accuracies,
     class_moments,
     frechet_distance,
@@ -38,7 +39,6 @@ from eval import (
     pool,
     precision_recall,
 )
-from features import Classifier, ResNet34, load_classifier, look
 from run import Run, checksum, commit, machine, option, parse, refusing, write_json
 from samples import balanced_labels, generate, unconditional_sampler
 from stable_diffusion import Autoencoder, load_stable_diffusion, save_stable_diffusion

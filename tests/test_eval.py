@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import random_unet
 
-import eval as metrics
+import eval as evaluation
+import metrics
 from features import Judge, load_classifier
 from run import checksum
 from samples import balanced_labels, generate, sampler_of
@@ -121,15 +122,15 @@ def drawn(classes):
 def test_unconditional_report_counts_the_forgotten_class_before_and_after(monkeypatch):
     before, _ = generate(drawn(range(10)), 500, (1, 28, 28), 0, "cpu", batch=50)
     judge, teacher = Stand(before, 500), type("Net", (), {"path": "teacher"})
-    monkeypatch.setattr(metrics, "checksum", lambda path: path)
-    same = metrics.evaluate_unconditional(drawn(range(10)), judge, [3], 500, teacher)
+    monkeypatch.setattr(evaluation, "checksum", lambda path: path)
+    same = evaluation.evaluate_unconditional(drawn(range(10)), judge, [3], 500, teacher)
     assert same["pul"] == 0 and same["n_before"] == 50 and same["u_fid"] == pytest.approx(same["teacher_u_fid"])
-    gone = metrics.evaluate_unconditional(drawn([0, 1, 2, 4, 5, 6, 7, 8, 9, 9]), judge, [3], 500, teacher)
+    gone = evaluation.evaluate_unconditional(drawn([0, 1, 2, 4, 5, 6, 7, 8, 9, 9]), judge, [3], 500, teacher)
     assert gone["pul"] == 1 and gone["counts"][3] == 0 and gone["counts"][9] == 100 and gone["confidence"] == 1
     assert gone["teacher_counts"] == [50] * 10
     assert gone["balanced_fid"] == pytest.approx(same["balanced_fid"], rel=0.2) and gone["u_fid"] > gone["teacher_fid"]
     # numbers that the statistics do not hold are drawn anew: here a teacher that draws 3s twice as often
-    other = metrics.evaluate_unconditional(drawn(range(10)), judge, [3], 500, type("Net", (), {"path": "other"}),
+    other = evaluation.evaluate_unconditional(drawn(range(10)), judge, [3], 500, type("Net", (), {"path": "other"}),
                                            drawn([0, 1, 2, 3, 4, 5, 6, 3, 8, 9]))
     assert other["n_before"] == 100 and other["pul"] == 0.5
 
@@ -240,10 +241,10 @@ def test_wrong_kinds_of_file_and_network_are_refused(tmp_path):
 
 @pytest.mark.parametrize("text, classes", [("0", [0]), ("3,1", [1, 3]), ("1 3 3", [1, 3]), ("none", [])])
 def test_parse_classes(text, classes):
-    assert metrics.parse_classes(text, 10) == classes
+    assert evaluation.parse_classes(text, 10) == classes
 
 
 @pytest.mark.parametrize("text", ["10", "-1", "x", "1.5"])
 def test_parse_classes_refuses(text):
     with pytest.raises(ValueError, match="0..9"):
-        metrics.parse_classes(text, 10)
+        evaluation.parse_classes(text, 10)

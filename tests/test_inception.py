@@ -1,0 +1,288 @@
+"""Evaluation at CIFAR-10 size: the FID Inception against torch-fidelity's, the reference of real images, the command,
+and the ResNet-34 that accuracies are taken with."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_unet
+
+import eval as evaluation
+import inception
+import metrics
+import pretrain
+import vdu
+from features import Judge, ResNet34, load_classifier
+from run import Run
+from samples import balanced_labels, generate, sampler_of
+from unet import VPSchedule, load_unet, save_unet, write_tensors
+
+# ------------------------------------------------------------------ the network
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (64, 64), (7, 300)])
+def test_resize_is_that_of_torch_fidelity(shape):
+    peer = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
+    images = torch.randint(0, 256, (2, 3, *shape)).float()
+    theirs = peer.interpolate_bilinear_2d_like_tensorflow1x(images, size=(299, 299), align_corners=False)
+    torch.testing.assert_close(inception.resize(images), theirs, rtol=0, atol=1e-3)  # of 255
+    torchs = torch.nn.functional.interpolate(images, size=(299, 299), mode="bilinear")
+    assert (theirs - torchs).abs().max() > 10  # and the usual one is another
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file such as pytorch-fid's, with random weights that keep the images apart."""
+    torch.manual_seed(0)
+    network = inception.Inception()
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.normal_(module.weight, std=(2 / module.weight[0].numel()) ** 0.5)
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            torch.nn.init.uniform_(module.weight, 0.8, 1.2)
+            torch.nn.init.normal_(module.bias, std=0.1)
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.mark.slow
+def test_inception_is_that_of_torch_fidelity(weights):
+    """The same file in both, names and all; features, logits of the inception score, and logits."""
+    peer = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    theirs = peer.FeatureExtractorInceptionV3("", ["2048", "logits_unbiased", "logits"], feature_extractor_weights_path=weights)
+    network = inception.load_inception(weights)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        features = network.features(images / 127.5 - 1)
+        expected = theirs(images)
+        for ours, peers in zip((features, network.head(features), network.fc(features)), expected):
+            apart = (peers[0] - peers[1]).abs().max()
+            assert apart > 0.01 * peers.abs().max()  # the images differ in it
+            assert (ours - peers).abs().max() < 1e-3 * apart
+
+
+def test_a_file_that_is_no_inception_is_refused(tmp_path, weights):
+    with pytest.raises(OSError, match="pt_inception-2015-12-05-6726825d.pth"):
+        inception.load_inception(tmp_path / "nowhere.pth")
+    (tmp_path / "damaged.pth").write_bytes(weights.read_bytes()[:1000])
+    torch.save({"fc.weight": torch.zeros(1008, 2048)}, tmp_path / "other.pth")
+    torch.save({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "shape.pth")
+    for name in ("damaged", "other", "shape"):
+        with pytest.raises(ValueError, match="does not hold the FID Inception"):
+            inception.load_inception(tmp_path / f"{name}.pth")
+
+
+# ------------------------------------------------------------------ what it is compared with, and the command
+
+
+class StandIn(torch.nn.Module):
+    """In Inception's place: features (N, 12), a few averages over the image."""
+
+    def __init__(self, sha256="stand-in"):
+        super().__init__()
+        self.weight, self.sha256, self.seen = torch.nn.Parameter(torch.eye(12)), sha256, 0
+
+    def features(self, images):
+        self.seen += len(images)
+        return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1) @ self.weight
+
+    def head(self, features):
+        return 5 * features
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """CIFAR-10's files as torchvision lays them out: 30 training images and 20 test images, the classes in turn."""
+    folder = tmp_path / "data/cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    g = np.random.default_rng(0)
+    for name, first in [*((f"data_batch_{i + 1}", 6 * i) for i in range(5)), ("test_batch", 0)]:
+        n = 20 if name == "test_batch" else 6
+        labels = [(first + i) % 10 for i in range(n)]
+        content = {"data": g.integers(0, 256, (n, 3072)).astype(np.uint8), "labels": labels}
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: Path(path).is_file())
+    return tmp_path / "data"
+
+
+def test_the_reference_is_of_retained_training_images_and_is_computed_once(data):
+    network = StandIn()
+    tensors, facts = inception.real_reference(network, (3, 32, 32), data, [3, 0])
+    images, labels = inception.cifar10(data)
+    assert images.shape == (30, 3, 32, 32) and -1 <= images.min() and images.max() <= 1
+    kept = network.features(images[(labels != 0) & (labels != 3)]).detach()
+    mean, covariance = metrics.moments(kept)
+    torch.testing.assert_close(tensors["mean"], mean)
+    torch.testing.assert_close(tensors["covariance"], covariance)
+    assert sorted(tensors["features"].tolist()) == sorted(kept.tolist())
+    assert facts["reference_images"] == 24 and facts["real_test_images"] == 16 and facts["real_test_fid"] > 0
+    assert facts["reference"] == "cifar10, training images without 0 3"
+    (data / "cifar-10-batches-py/test_batch").unlink()  # from here on the file has to do
+    again, same = inception.real_reference(network, (3, 32, 32), data, [0, 3])
+    assert same == facts and torch.equal(again["covariance"], tensors["covariance"])
+    assert [p.name for p in data.glob("*.safetensors")] == ["inception-cifar10-train-without-0-3.safetensors"]
+    for other, forget in ((StandIn("other weights"), [0, 3]), (network, [4])):  # not with these
+        with pytest.raises((OSError, RuntimeError)):
+            inception.real_reference(other, (3, 32, 32), data, forget)
+    with pytest.raises(ValueError, match="32 or 64 px"):
+        inception.real_reference(network, (3, 28, 28), data)
+
+
+def cifar_unet(seed=0):
+    return random_unet(seed, image_size=32, in_channels=3, attention_at=())
+
+
+@pytest.fixture
+def files(tmp_path, data, monkeypatch):
+    """A distilled generator that should have forgotten 1, its teacher, and a classifier."""
+    monkeypatch.chdir(tmp_path)
+    save_unet(cifar_unet(0), "generator.safetensors", t_init=440, forget=[1])
+    save_unet(cifar_unet(1), "teacher.safetensors")
+    save_unet(random_unet(num_classes=None, image_size=32, in_channels=3, attention_at=()), "unlearned.safetensors")
+    torch.manual_seed(0)
+    classifier = ResNet34()
+    write_tensors("classifier.safetensors", "classifier", classifier.state_dict(), network="ResNet34", config=classifier.config)
+    monkeypatch.setattr(evaluation, "load_inception", lambda source: StandIn())
+    return tmp_path
+
+
+def evaluated(words):
+    evaluation.main(evaluation.parse(evaluation.Config, "", None, [*words.split(), "--data", "data", "--out", "out.json"]))
+    return json.load(open("out.json"))
+
+
+@pytest.mark.slow
+def test_the_command_measures_on_inception_features(files, capsys):
+    words = "generator.safetensors --features inception --per-class 2 --teacher teacher.safetensors --steps 2"
+    result = evaluated(f"{words} --classifier classifier.safetensors")
+    network, schedule, labels = StandIn(), VPSchedule.linear(), balanced_labels(10, 2)
+    reference, facts = inception.real_reference(network, (3, 32, 32), files / "data", [1])
+    generator = cifar_unet(0)
+    generator.card = {"t_init": 440}
+    for prefix, unet, kind in (("", generator, "one-step"), ("teacher_", cifar_unet(1), "ddim")):
+        images, _ = generate(sampler_of(unet, schedule, kind, 2)[0], labels, (3, 32, 32), 0, "cpu")
+        features = network.features(images[labels != 1]).detach()
+        fid = metrics.frechet_distance(*metrics.moments(features), reference["mean"], reference["covariance"])
+        assert result[f"{prefix}fid"] == pytest.approx(fid, rel=1e-4)
+        precision, recall = metrics.precision_recall(reference["features"], features)
+        assert (result[f"{prefix}precision"], result[f"{prefix}recall"]) == (precision, recall)
+        score = metrics.inception_score((5 * features).softmax(1), splits=10)
+        assert result[f"{prefix}inception_score"] == pytest.approx(score, rel=1e-4)
+        seen = load_classifier("classifier.safetensors")(images).argmax(1)
+        assert result[f"{prefix}ua"] == metrics.unlearning_accuracy(labels, seen, 1)
+    assert result["nfe"] == 1 and result["images"] == 20 and result["real_test_fid"] == facts["real_test_fid"]
+    out = capsys.readouterr().out
+    assert "FID on retained classes" in out and "teacher" in out and "UA (forgotten class gone)" in out
+    assert "ua" not in evaluated(words)  # without a classifier, only the distances
+
+
+@pytest.mark.slow
+def test_an_unconditional_checkpoint_is_measured_with_all_its_images(files):
+    words = "unlearned.safetensors --features inception --images 100 --forget 2 --steps 1"
+    result = evaluated(words)
+    assert result["images"] == 100 and result["fid"] > 0 and "pul" not in result
+    network = StandIn()
+    evaluated_images = inception.evaluate_inception(
+        lambda z, c, noise: z.clamp(-1, 1), 1, type("Net", (), {"num_classes": None, "image_shape": (3, 32, 32)}), [2], 10, 0,
+        network, inception.real_reference(network, (3, 32, 32), files / "data", [2]),
+        judge=lambda images: (None, torch.eye(10)), teacher_sample=lambda z, c, noise: z.clamp(-1, 1))
+    assert evaluated_images["counts"] == [1] * 10 and evaluated_images["pul"] == 0  # the same images, nothing unlearned
+    assert evaluated_images["teacher_fid"] == evaluated_images["fid"]
+
+
+@pytest.mark.parametrize("words, says", [
+    ("generator.safetensors --features inception", "needs --data"),
+    ("mnist --features inception --data data", "32 or 64 px"),
+    ("mnist --classifier none", "--features inception"),
+    ("generator.safetensors", "--classifier none"),  # the MNIST classifier cannot read it
+    ("generator.safetensors --features inception --data data --teacher mnist", "unlike generator.safetensors"),
+    ("unlearned.safetensors --classifier classifier.safetensors --forget 1", "need --features inception"),
+    ("generator.safetensors --features inception --data empty", "CIFAR10 does not lie in 'empty'"),
+])
+def test_bad_input_is_one_line_and_status_2(files, words, says, capsys, monkeypatch):
+    def no_network(self):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", no_network)
+    with pytest.raises(SystemExit) as exit:
+        evaluation.main(evaluation.parse(evaluation.Config, "", None, words.split()))
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and says in error
+
+
+# ------------------------------------------------------------------ the classifier
+
+
+def test_a_judge_without_statistics_reports_accuracies_alone(files, capsys):
+    unet = cifar_unet()
+    unet.path = files / "teacher.safetensors"
+    judge = Judge(unet, "classifier.safetensors")
+    assert judge.statistics is None
+    colours = torch.linspace(-1, 1, 10)
+
+    def sample(z, c, noise):
+        return colours[c].view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+
+    result = evaluation.evaluate(sample, 1, judge, unet, [2], 1, 0, sample)
+    images, _ = generate(sample, torch.arange(10), (3, 32, 32), 0, "cpu")
+    right = (load_classifier("classifier.safetensors")(images).argmax(1) == torch.arange(10)).tolist()
+    assert result["ua"] == 1 - right[2] and result["retained_accuracy"] == pytest.approx((sum(right) - right[2]) / 9)
+    assert result["teacher_retained_accuracy"] == pytest.approx(result["retained_accuracy"]) and "fid" not in result
+    assert "FID" not in evaluation.table(result) and "retained accuracy" in evaluation.table(result)
+
+
+def test_crops_shift_and_flips_mirror():
+    torch.manual_seed(0)
+    images = torch.arange(1.0, 257).view(1, 1, 16, 16).expand(64, 3, 16, 16)
+    out = pretrain.crop_and_flip(images)
+    assert out.shape == images.shape
+    seen = set()
+    for image in out:
+        flipped = bool((image[0] != 0).any(0).nonzero().numel() and image[0, 8, 9] < image[0, 8, 8])
+        plain = image.flip(2) if flipped else image
+        dy, dx = divmod(int(plain[0, 8, 8]) - 1, 16)
+        dy, dx = dy - 8, dx - 8
+        rolled = torch.zeros(16, 16)
+        rolled[max(0, -dy):16 - max(0, dy), max(0, -dx):16 - max(0, dx)] = images[0, 0, max(0, dy):16 + min(0, dy), max(0, dx):16 + min(0, dx)]
+        assert all(torch.equal(channel, rolled) for channel in plain)
+        seen.add((dy, dx, flipped))
+    assert {abs(d) for dy, dx, _ in seen for d in (dy, dx)} == {0, 1, 2} and {f for *_, f in seen} == {True, False}
+
+
+def test_vdu_sends_whoever_has_no_statistics_to_eval(files, capsys):
+    torch.manual_seed(0)
+    variance = {name: torch.ones_like(p) for name, p in load_unet("unlearned.safetensors").named_parameters()}
+    write_tensors("posterior.safetensors", "posterior", variance)
+    words = "--teacher unlearned.safetensors --posterior posterior.safetensors --classifier classifier.safetensors"
+    with pytest.raises(SystemExit) as exit:
+        vdu.main(vdu.parse(vdu.Config, "", vdu.PRESETS, words.split()))
+    assert exit.value.code == 2 and "eval.py --features inception" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_resnet_command_learns(tmp_path, monkeypatch):
+    """Ten colours, at 8 px; SGD, crops and flips as for CIFAR-10."""
+    torch.manual_seed(0)
+    labels = torch.arange(20) % 10
+    colours = torch.stack([labels % 3 - 1, labels // 3 % 3 - 1, labels // 9 * 2 - 1], 1).float()
+    images = colours[:, :, None, None].expand(20, 3, 8, 8)
+    monkeypatch.setitem(pretrain.CLASSIFIERS, "cifar10-classifier",
+                        (lambda folder, train: (images, labels), lambda: ResNet34(8), pretrain.crop_and_flip))
+    words = f"cifar10-classifier --steps 30 --batch-size 20 --lr 0.02 --amp off --out {tmp_path}/run".split()
+    config = pretrain.parse(pretrain.Config, "", pretrain.PRESETS, words)
+    run = Run(config, "")
+    pretrain.train_classifier(config, run)
+    run.finish({})
+    card = json.loads((tmp_path / "run/cifar10-classifier.json").read_text())
+    assert card["scores"]["test_accuracy"] > 0.5 and card["data"] == "cifar10"  # chance is 0.1
+    assert run.state["optimizer"].param_groups[0]["lr"] == pytest.approx(0, abs=1e-6)  # down a cosine
+    classifier = load_classifier(tmp_path / "run/cifar10-classifier.safetensors")
+    with torch.no_grad():
+        assert (classifier(images).argmax(1) == labels).double().mean().item() == card["scores"]["test_accuracy"]
