@@ -127,22 +127,32 @@ def concepts():
 
 
 def step_time():
+    """One row a file of benchmarks/step_time.py; a GPU's says what it is in place of the network's name alone."""
     lines = [
-        "| network | batch | plain float32, two passes | `ddpm_sfd.py` | times as fast | peak memory, plain → ours |",
-        "|---|---|---|---|---|---|",
+        "| network | batch | plain float32, two passes | `ddpm_sfd.py` | times as fast | images a second | share of the chip's peak | peak memory, plain → ours |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for path in sorted(HERE.glob("step_time-*.json")):
-        r = json.loads(path.read_text())
-        memory = r["peak_memory_bytes"]
+    runs = [json.loads(path.read_text()) for path in sorted(HERE.glob("step_time-*.json"))]
+
+    def on_gpu(r):
+        return r["memory_is"] == "allocated on the GPU"
+
+    for r in sorted(runs, key=on_gpu):
+        memory, batch, share = r["peak_memory_bytes"], r["batch"], r.get("share_of_peak")
+        name = r["network"] + (f", {r['machine'].split(',')[0]}, {r['precision'].removeprefix('torch.')}{', compiled' * r['compiled']}" if on_gpu(r) else "")
         lines.append(
-            f"| {r['network']} | {r['batch'][0]} + {r['batch'][1]}, {len(r['seconds']['ours'])} steps | {r['median']['plain']:.3f} s | {r['median']['ours']:.3f} s | {r['speedup']:.2f} "
+            f"| {name} | {batch[0]} + {batch[1]}, {len(r['seconds']['ours'])} steps | {r['median']['plain']:.3f} s | {r['median']['ours']:.3f} s | {r['speedup']:.2f} "
+            f"| {sum(batch) / r['median']['ours']:,.1f} | {f'{share:.0%}' if share else 'not measured'} "
             f"| {memory['plain'] / 2**20:,.0f} → {memory['ours'] / 2**20:,.0f} MiB |"
         )
+    if not any(map(on_gpu, runs)):
+        lines.append("| cifar10 on a CUDA GPU | 128 + 128 |" + " not measured |" * 6)
+    cpu = next(r for r in runs if not on_gpu(r))
     return [
         *lines,
         "",
-        f"Median over the timed steps (their times are in the JSON), both loops in turn in one process; {r['machine']}, {r['precision'].removeprefix('torch.')}; "
-        f"memory: {r['memory_is']}. Made by `python benchmarks/step_time.py`.",
+        f"Median over the timed steps (their times are in the JSON), both loops in turn in one process; but for GPUs {cpu['machine']}, "
+        f"{cpu['precision'].removeprefix('torch.')}; memory: {cpu['memory_is']}, on a GPU what is allocated there. Made by `python benchmarks/step_time.py`.",
     ]
 
 

@@ -1,0 +1,76 @@
+"""The benchmarks run, and count what they say that they count."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, random_unet
+
+from unet import save_unet
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / f"benchmarks/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SMALLEST = dict(image_size=8, in_channels=1, channels=4, multipliers=(1,), blocks=1, attention_at=(), groups=4, num_classes=10)
+
+
+def test_step_time_reports_speed_and_share_of_the_peak(tmp_path, monkeypatch, capsys):
+    benchmark = load("step_time")
+    monkeypatch.setitem(benchmark.NETWORKS, "mnist", (SMALLEST, (2, 1), (2, 1)))
+    monkeypatch.setattr(benchmark, "peak_memory", lambda name, args, sizes: 2**20)
+    words = ["mnist", "--steps", "2", "--device", "cpu", "--peak-tflops", "0.5", "--out", str(tmp_path / "out.json")]
+    monkeypatch.setattr(sys, "argv", ["step_time.py", *words])
+    benchmark.main()
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["batch"] == [2, 1] and all(len(times) == 2 for times in result["seconds"].values())
+    ours = result["median"]["ours"]
+    assert result["images_per_second"]["ours"] == pytest.approx(3 / ours)
+    assert result["share_of_peak"] == pytest.approx(result["flops_a_step"] / ours / 0.5e12)
+    assert "GFLOP a step" in capsys.readouterr().out
+
+
+def test_the_operations_of_a_step_are_those_of_its_passes():
+    """Of one network, with its gradients and without, by hand: the step is four forward passes and as many backward."""
+    benchmark = load("step_time")
+
+    def count(function):
+        with benchmark.FlopCounterMode(display=False) as counter:
+            function()
+        return counter.get_total_flops()
+
+    loop = benchmark.Loop(SMALLEST, (2, 1), torch.device("cpu"))
+    network, x, t, c = loop.theta.eval(), torch.randn(3, 1, 8, 8), torch.tensor([1, 2, 3]), torch.tensor([0, 1, 2])
+    forward = count(lambda: network(x, t, c))
+    to_weights = count(lambda: network(x, t, c).sum().backward()) - forward
+    still = loop.teacher
+    to_input = count(lambda: still(x.clone().requires_grad_(), t, c).sum().backward()) - forward
+    assert forward > 0 and to_weights > forward > 0.5 * to_input
+    expected = 4 * forward + 2 * to_weights + 2 * to_input
+    assert count(loop.ours) == pytest.approx(expected, rel=0.05)  # the generator's first layer needs no gradient, say
+
+
+def test_memory_is_measured(capsys):
+    benchmark = load("step_time")
+    loop = benchmark.Loop(SMALLEST, (2, 1), torch.device("cpu"))
+    for name in ("ours", "plain"):
+        assert 10 * 2**20 < benchmark.measured_memory(loop, name, cuda=False) < 64 * 2**30
+
+
+def test_sampling_reports_images_a_second(tmp_path, monkeypatch):
+    benchmark = load("sampling")
+    unet = random_unet(image_size=8, attention_at=())
+    save_unet(unet, tmp_path / "generator.safetensors", t_init=440)
+    fast = lambda *words: (lambda z, c, noise: z, 1)  # the samplers have tests of their own
+    monkeypatch.setattr(benchmark, "sampler_of", fast)
+    path = str(tmp_path / "generator.safetensors")
+    monkeypatch.setattr(sys, "argv", ["sampling.py", path, "--teacher", path, "--repeats", "1", "--out", str(tmp_path / "out.json")])
+    benchmark.main()
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(rows) == 3 and all(row["images_per_second"] > 0 for row in rows.values())
