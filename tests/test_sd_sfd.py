@@ -320,8 +320,10 @@ def test_the_parts_of_a_batch_are_one_step(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_step_at_stable_diffusions_size_fits_into_24_gib(tmp_path):
+def test_a_step_at_stable_diffusions_size_fits_into_24_gib(tmp_path, request):
     """Both networks, both terms, at the real shapes with random weights: three U-Nets of 860 million parameters."""
+    if "slow" not in request.config.getoption("markexpr"):
+        pytest.skip("16 GiB of memory and minutes: run it with -m slow")
     resource = pytest.importorskip("resource")
     with torch.device("meta"):
         unet = UNet(image_size=64, in_channels=4, channels=320, multipliers=(1, 2, 4, 4), blocks=2,
