@@ -3,6 +3,7 @@
     contains("a photo of a red three", "red three")      True: all of its words are there
     contains("a blue three", "red three")                False: a neighbour, to be left alone
     replace("a photo of a red three", "three", "eight")  "a photo of a red eight"
+    without("a photo of a red three", "three")           "a photo of a red"
 
 The tiny model draws a digit in a colour. Its prompts are made from templates, so that every prompt is known, and what
 it asks for can be read off an image: the digit by a classifier, the colour by its pixels.
@@ -79,6 +80,12 @@ def replace(prompt, concept, override):
     if not contains(prompt, concept) or len(words(concept)) != len(words(override)):
         raise ValueError(f"{concept!r} cannot be replaced by {override!r} in {prompt!r}; as many words would do")
     return re.sub(r"[^\W_]+", lambda word: pairs.get(word[0].lower(), word[0]), prompt)
+
+
+def without(prompt, concept):
+    """The prompt with the concept's words left out: "a red three" without "three" is "a red"."""
+    left = re.sub(r"[^\W_]+", lambda word: "" if word[0].lower() in words(concept) else word[0], prompt)
+    return re.sub(r"\s+(?=[\s,])", "", left).strip(" ,")
 
 
 def read_prompts(path):

@@ -20,7 +20,7 @@ forgotten, the teacher's score is taken for a safe prompt instead. What differs 
 
     - everything happens to latents, the autoencoder's small pictures; it decodes them only to be looked at;
     - the condition c is a text embedding. A concept is given by prompts: those that name it, and the same with it
-      replaced ("replace"), or the concept as what the teacher is to stay away from ("negative");
+      replaced ("replace"), or left out, and the teacher told to stay away from it ("negative");
     - the teacher draws well only with guidance, and so does the fake score that is compared with it      (L1)
 
 Glossary. The labels stand on the lines that do them; (D1) to (D3) and (L1) are in unet.py.
@@ -45,7 +45,17 @@ from dataclasses import dataclass
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from concepts import ConceptJudge, contains, every_prompt, next_of_its_kind, prompt_grid, read_prompts, replace, shown
+from concepts import (
+    ConceptJudge,
+    contains,
+    every_prompt,
+    next_of_its_kind,
+    prompt_grid,
+    read_prompts,
+    replace,
+    shown,
+    without,
+)
 from eval import evaluate_concept, load_concept_statistics, table
 from run import Run, option, parse, refusing
 from samples import generate
@@ -68,7 +78,7 @@ class Config:
     forget: str = option("three", "the concept: a word or a phrase; none: plain distillation", nargs="+")
     override: str = option("next", "the safe concept; next: the tiny model's next digit or colour", nargs="+")
     mode: str = option("replace", "replace: the teacher is asked for the prompt with the concept replaced; negative: "
-                       "it is asked for the prompt itself, with the concept as its negative prompt",
+                       "it is asked for the prompt without the concept, and has that as its negative prompt",
                        choices=["replace", "negative"])
     sd: str = option("tiny-sd", "the shipped model, or a folder as the hub serves Stable Diffusion 1.x")
     retain_prompts: str = option("", "file of prompts to retain, one a line; the tiny model has its own")
@@ -172,7 +182,7 @@ def read_concept(config):
         forbidden = [word.strip() for word in config.forget.split(",")]
         forget = [p.replace("{}", word) if "{}" in p else f"{p}, {word}" for p in named for word in forbidden]
         retained = [p for p in prompts if not any(contains(p, word) for word in forbidden)]
-        return retained, forget, forget, ", ".join(forbidden)
+        return retained, forget, [without(p, config.forget) for p in forget], ", ".join(forbidden)
     named = [prompt.replace("{}", concept) for prompt in named]
     forget, retained = ([p for p in named if contains(p, concept)], [p for p in prompts if not contains(p, concept)])
     if not forget:
@@ -180,7 +190,7 @@ def read_concept(config):
     if not retained:
         raise ValueError(f"--forget {concept!r} stands in every prompt; leave some to retain")
     if config.mode == "negative":
-        return retained, forget, forget, concept
+        return retained, forget, [without(p, concept) for p in forget], concept
     override = next_of_its_kind(concept) if config.override == "next" else config.override.replace(",", " ")
     safe = [replace(p, concept, override) for p in forget]
     if any(contains(p, concept) for p in safe):

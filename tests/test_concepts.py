@@ -19,6 +19,7 @@ from concepts import (
     read_prompts,
     replace,
     shown,
+    without,
 )
 from unet import load_unet
 
@@ -57,6 +58,17 @@ def test_what_cannot_be_replaced_is_refused():
     for prompt, concept, override in [("a red five", "three", "eight"), ("three in red", "red three", "eight")]:
         with pytest.raises(ValueError, match="cannot be replaced"):
             replace(prompt, concept, override)
+
+
+@pytest.mark.parametrize("prompt, concept, left", [
+    ("a photo of a red three", "three", "a photo of a red"),
+    ("three, written in red", "Three", "written in red"),
+    ("a photo of Brad Pitt in a boat", "brad pitt", "a photo of in a boat"),
+    ("a woman, nude", "nude, naked", "a woman"),
+    ("threesome", "three", "threesome"),
+])
+def test_a_prompt_without_the_concept(prompt, concept, left):
+    assert without(prompt, concept) == left
 
 
 def test_the_next_of_its_kind():

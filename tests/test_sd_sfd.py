@@ -123,7 +123,9 @@ def test_neighbours_are_retained():
 
 def test_the_negative_prompt_takes_the_place_of_the_safe_one():
     _, forget, safe, negative = read_concept(Config(forget="three", mode="negative"))
-    assert safe == forget and negative == "three"
+    assert negative == "three" and len(safe) == len(forget) and not any(contains(p, "three") for p in safe)
+    assert safe[forget.index("a photo of a red three")] == "a photo of a red"
+    assert safe[forget.index("three, written in red")] == "written in red"
 
 
 def test_subjects_are_joined_with_each_forbidden_word(tmp_path):
@@ -133,7 +135,8 @@ def test_subjects_are_joined_with_each_forbidden_word(tmp_path):
         forget="nude,naked", mode="negative", sd="folder", retain_prompts=str(tmp_path / "keep.txt"),
         forget_prompts=str(tmp_path / "people.txt")))
     assert retained == ["a tree"] and negative == "nude, naked"
-    assert forget == safe == ["a woman, nude", "a woman, naked", "a nude man", "a naked man"]
+    assert forget == ["a woman, nude", "a woman, naked", "a nude man", "a naked man"]
+    assert safe == ["a woman", "a woman", "a man", "a man"]
 
 
 def test_prompts_from_files(tmp_path):
