@@ -68,7 +68,8 @@ PRESETS = {
     "tiny": {},  # the defaults below
     "sd15": dict(  # the settings of the official code's Stable Diffusion run; about 1,000 images are seen
         steps=125, batch_size=8, forget_batch_size=8, lr_generator=1e-6, lr_fake_score=3e-6, lr_end=1.0, ema=0.0,
-        adam_eps=1e-6, k_train=4.5, k_fake=4.5, k_teacher=4.5, sd="stable-diffusion-v1-5", eval_images=0, amp="fp16"),
+        adam_eps=1e-6, lambda_generator=1.0, k_train=4.5, k_fake=4.5, k_teacher=4.5, sd="stable-diffusion-v1-5",
+        eval_images=0, amp="fp16"),
 }
 
 
@@ -85,17 +86,17 @@ class Config:
     forget_prompts: str = option("", "file of prompts to forget, one a line, the concept written out or as {}")
     init_generator: str = option("", "two-stage SFD: where theta starts, the generator of a --forget none run")
     init_fake_score: str = option("", "two-stage SFD: where psi starts, the fake score of that run")
-    steps: int = option(170, "training steps, each one update of both networks; official: about 1,000 images", low=0)
+    steps: int = option(200, "training steps, each one update of both networks; official: about 1,000 images", low=0)
     batch_size: int = option(24, "latents of retained prompts a step, over all processes; official: 8", low=1)
     forget_batch_size: int = option(8, "latents of forgotten prompts a step; official: as many", low=1)
     accumulate: int = option(1, "parts that a step's batch is cut into, to save memory", low=1)
-    lr_generator: float = option(2e-4, "learning rate of theta; official: 1e-6", low=0)
-    lr_fake_score: float = option(1e-3, "learning rate of psi; official: 3e-6", low=0)
+    lr_generator: float = option(5e-4, "learning rate of theta; official: 1e-6", low=0)
+    lr_fake_score: float = option(2e-3, "learning rate of psi; official: 3e-6", low=0)
     lr_end: float = option(0.3, "share of both rates that is left at the end of a linear decay; official: 1, constant",
                            low=0, high=1)
     adam_eps: float = option(1e-8, "epsilon of Adam; official, for fp16: 1e-6", low=0)
     alpha: float = option(1.0, "alpha of (S3); official: 1")
-    lambda_generator: float = option(1.0, "lambda of (S5) for theta; official: 1", low=0)
+    lambda_generator: float = option(0.2, "lambda of (S5) for theta; official: 1", low=0)
     lambda_fake_score: float = option(1.0, "lambda of (S5) for psi; official: 1", low=0)
     k_train: float = option(2.0, "k1: guidance of the fake score while it is trained; official: 4.5", low=0)
     k_fake: float = option(2.0, "k2 = k3: guidance of the fake score where it is compared; official: 4.5", low=0)
@@ -105,7 +106,7 @@ class Config:
     t_init: int = option(625, "the noise level that the generator works at; official: 625", low=0, high=999)
     t_min: int = option(20, "first step at which the scores are compared; official: 20", low=0, high=999)
     t_max: int = option(980, "the step before which they end; official: 980", low=1, high=1000)
-    ema: float = option(0.97, "decay of theta's weight average, the result; official: 0, theta itself", low=0, high=1)
+    ema: float = option(0.95, "decay of theta's weight average, the result; official: 0, theta itself", low=0, high=1)
     clip_value: float = option(1.0, "each gradient entry is clipped to +-this", low=0)
     weights: str = option("float32", "what weights are kept in; bf16 takes half the memory, and loses small updates",
                           choices=["float32", "bf16"])
