@@ -173,6 +173,14 @@ def test_bad_input_gets_one_line_and_status_2(words, message, sd_folder, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_the_preset_carries_the_official_settings():
+    official = {"k_train": 4.5, "k_fake": 4.5, "k_teacher": 4.5, "prompt_dropout": 0.1, "alpha": 1.0, "t_init": 625,
+                "t_min": 20, "t_max": 980, "batch_size": 8, "lr_fake_score": 3e-6, "lr_generator": 1e-6, "lr_end": 1.0,
+                "ema": 0.0, "lambda_generator": 1.0, "lambda_fake_score": 1.0, "amp": "fp16", "adam_eps": 1e-6}
+    sd15 = vars(parse(Config, "", sd_sfd.PRESETS, ["--preset", "sd15"]))
+    assert official.items() <= sd15.items() and sd15["steps"] * sd15["batch_size"] == 1000
+
+
 # ---------------------------------------------------------------------------- the loop
 
 
