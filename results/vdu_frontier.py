@@ -70,7 +70,8 @@ def points(forget, images):
     full = f"{common} --stop-at 0 --steps 30"  # no early end: gamma alone decides how far it goes
     for gamma in args.gammas:
         yield f"posterior-gamma{gamma}", lambda gamma=gamma: vdu(f"{full} --gamma {gamma}")
-        yield f"identity-gamma{gamma}", lambda gamma=gamma: vdu(f"{full} --gamma {gamma} --covariance identity")
+    for lr in (0.01, 0.02, 0.05, 1.0):  # with one width for all weights a step of one sigma is far too long
+        yield f"identity-lr{lr}", lambda lr=lr: vdu(f"{full} --gamma 0.8 --covariance identity --lr {lr}")
     for steps in (50, 150):
         yield f"finetune-steps{steps}", lambda steps=steps: fine_tune(forget, steps, images)
 
@@ -88,13 +89,13 @@ def make(name, function):
 def draw(rows):
     figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
     frontier, sweep = figure.subplots(1, 2)
-    curves = {"posterior": "VDU, gamma moves", "identity": "identity covariance, gamma moves",
+    curves = {"posterior": "VDU, gamma moves", "identity": "identity covariance, length of a step moves",
               "plasticity": "plasticity alone (gamma 0), steps move", "finetune": "fine-tuning on all retained images"}
     for curve, label in curves.items():
         mine = [(pul, ratio, name) for name, pul, ratio in rows if name.startswith(curve)]
         frontier.plot([100 * p for p, _, _ in mine], [r for _, r, _ in mine], "o-", label=label)
         for p, r, name in mine:
-            frontier.annotate(name.split("-")[1].removeprefix("gamma").removeprefix("steps"), (100 * p, r), fontsize=7)
+            frontier.annotate(name.split("-")[1].removeprefix("gamma").removeprefix("steps").removeprefix("lr"), (100 * p, r), fontsize=7)
     frontier.set(xlabel="PUL, %", ylabel="u-FID over the teacher's", yscale="log", title=f"forgetting {args.forget}")
     frontier.legend(fontsize=8)
     mine = [(name.removeprefix("images-"), pul, ratio) for name, pul, ratio in rows if name.startswith("images-")]
@@ -112,7 +113,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--forget", type=int, default=1)
     parser.add_argument("--eval-images", type=int, default=500)
-    parser.add_argument("--gammas", type=float, nargs="+", default=[0.5, 0.8, 0.9])
+    parser.add_argument("--gammas", type=float, nargs="+", default=[0.5, 0.8, 0.85, 0.9, 0.95])
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,11 @@
 import os
+import pickle
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,6 +60,21 @@ def sd_folder(tmp_path_factory):
     save_stable_diffusion(StableDiffusion(tokenizer, text_encoder, vae, unet, VPSchedule.scaled_linear()), path)
     (path.parent / "prompts.txt").write_text("\n".join(every_prompt()))
     return path
+
+
+def write_cifar10(folder, monkeypatch):
+    """CIFAR-10's files as torchvision lays them out: 30 training images and 20 test images, the classes in turn."""
+    inner = folder / "cifar-10-batches-py"
+    inner.mkdir(parents=True)
+    g = np.random.default_rng(0)
+    for name, first in [*((f"data_batch_{i + 1}", 6 * i) for i in range(5)), ("test_batch", 0)]:
+        n = 20 if name == "test_batch" else 6
+        labels = [(first + i) % 10 for i in range(n)]
+        content = {"data": g.integers(0, 256, (n, 3072)).astype(np.uint8), "labels": labels}
+        (inner / name).write_bytes(pickle.dumps(content))
+    (inner / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: Path(path).is_file())
+    return folder
 
 
 def words(command, processes=1):

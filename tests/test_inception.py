@@ -2,13 +2,10 @@
 and the ResNet-34 that accuracies are taken with."""
 
 import json
-import pickle
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import random_unet
+from conftest import random_unet, write_cifar10
 
 import eval as evaluation
 import inception
@@ -98,18 +95,7 @@ class StandIn(torch.nn.Module):
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """CIFAR-10's files as torchvision lays them out: 30 training images and 20 test images, the classes in turn."""
-    folder = tmp_path / "data/cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    g = np.random.default_rng(0)
-    for name, first in [*((f"data_batch_{i + 1}", 6 * i) for i in range(5)), ("test_batch", 0)]:
-        n = 20 if name == "test_batch" else 6
-        labels = [(first + i) % 10 for i in range(n)]
-        content = {"data": g.integers(0, 256, (n, 3072)).astype(np.uint8), "labels": labels}
-        (folder / name).write_bytes(pickle.dumps(content))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: Path(path).is_file())
-    return tmp_path / "data"
+    return write_cifar10(tmp_path / "data", monkeypatch)
 
 
 def test_the_reference_is_of_retained_training_images_and_is_computed_once(data):

@@ -8,12 +8,14 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, python, random_unet
+from conftest import ROOT, python, random_unet, write_cifar10
+from test_convert import CIFAR10, peer
 from torchvision.io import write_png
 
+import convert
 import vdu
 from features import load_classifier, look
-from run import Run, checksum
+from run import Run, checksum, parse
 from stable_diffusion import load_stable_diffusion
 from unet import VPSchedule, load_unet, save_unet, write_tensors
 from vdu import Config, plasticity_inducer, posterior, read_posterior, stability_regularizer, train, undesired_images
@@ -418,6 +420,32 @@ def test_a_posterior_of_several_teachers_moves_the_network_to_their_mean(files):
 
 
 # ------------------------------------------------------------------ the command
+
+
+@pytest.mark.parametrize("size, layout", [(32, "CIFAR-10"), (64, "tiny ImageNet")])
+def test_networks_of_the_hub_unlearn_at_their_size(size, layout, tmp_path, monkeypatch):
+    """Two networks in the shape of google/ddpm-cifar10-32, only narrower, by convert.py; what they agree on is kept."""
+    narrow = CIFAR10 | {"block_out_channels": [16] * 4, "layers_per_block": 1, "norm_num_groups": 8, "sample_size": size}
+    for i, name in enumerate("ab"):
+        peer(narrow, seed=i).save_pretrained(tmp_path / name)
+        convert.main(parse(convert.Config, "", argv=[str(tmp_path / name), str(tmp_path / f"{name}.safetensors")]))
+    data = tmp_path / "data"
+    if layout == "CIFAR-10":
+        write_cifar10(data, monkeypatch)
+    else:
+        (data / "train/n01/images").mkdir(parents=True)
+        (data / "wnids.txt").write_text("n02\nn01\n")
+        for i in range(3):
+            write_png(torch.full((3, 64, 64), 50 * i, dtype=torch.uint8), str(data / f"train/n01/images/n01_{i}.png"))
+    some = vdu.generate  # two pictures in place of a hundred
+    monkeypatch.setattr(vdu, "generate", lambda sample, n, *rest: some(sample, 2, *rest))
+    a, b, out = (str(tmp_path / name) for name in ("a.safetensors", "b.safetensors", "out"))
+    vdu.main(parse(Config, "", vdu.PRESETS, ["--teacher", a, "--posterior", a, b, "--data", str(data), "--forget", "1",
+                                             "--steps", "2", "--batch-size", "3", "--classifier", "none", "--out", out]))
+    before, after = load_unet(a), load_unet(tmp_path / "out/unlearned.safetensors")
+    assert after.image_shape == (3, size, size) and after.num_classes is None and not same_bits(before, after)
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["undesired_images"] == 3 and (tmp_path / "out/samples_after.png").is_file()
 
 
 def test_the_main_job_leaves_what_it_promises(tmp_path):
