@@ -83,9 +83,14 @@ def replace(prompt, concept, override):
 
 
 def without(prompt, concept):
-    """The prompt with the concept's words left out: "a red three" without "three" is "a red"."""
-    left = re.sub(r"[^\W_]+", lambda word: "" if word[0].lower() in words(concept) else word[0], prompt)
-    return re.sub(r"\s+(?=[\s,])", "", left).strip(" ,")
+    """The prompt with the concept left out, as a whole where it stands as a whole, otherwise word by word; if it is all
+    there. "a red three" without "three" is "a red"."""
+    if not contains(prompt, concept):
+        return prompt
+    whole = re.compile(r"(?<!\w)" + r"\W+".join(words(concept)) + r"(?!\w)", re.IGNORECASE)
+    left = whole.sub("", prompt) if whole.search(prompt) else re.sub(
+        r"[^\W_]+", lambda word: "" if word[0].lower() in words(concept) else word[0], prompt)
+    return re.sub(r"\s+(?=\s|,)|,(?=\s*(?:,|$))", "", left).strip(" ,")
 
 
 def read_prompts(path):

@@ -7,7 +7,7 @@ Models", ICLR 2025, arXiv 2409.11219.
     python ddpm_sfd.py --forget 3 --override 8        # who asks for a 3 gets an 8
     python ddpm_sfd.py --forget 0 1 --override random
     python ddpm_sfd.py --forget none                  # plain one-step distillation (SiD)
-    python ddpm_sfd.py --forget 0 --init-generator generator.safetensors --init-fake-score fake_score.safetensors
+    python ddpm_sfd.py --forget 1 --init-generator generator.safetensors --init-fake-score fake_score.safetensors
     torchrun --nproc-per-node 2 ddpm_sfd.py --forget 0
 
 The idea. A diffusion teacher knows the score of every class. We distil it into a generator that needs one network
@@ -45,7 +45,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from convert import load_teacher
 from eval import evaluate, parse_classes, table
 from features import Judge
-from run import Run, option, parse, refusing
+from run import Run, linear_decay, option, parse, refusing
 from samples import balanced_labels, generate, image_grid
 from unet import VPSchedule, ddim_sample, load_unet, save_unet
 
@@ -86,9 +86,9 @@ class Config:
     t_min: int = option(20, "first step at which the scores are compared; official: 38", low=0, high=999)
     t_max: int = option(600, "the step before which they end; official: 712", low=1, high=1000)
     ema: float = option(0.99, "decay of theta's weight average, the result; official: 0.9999", low=0, high=1)
-    ema_start: float = option(0.3, "share of the steps after which the average begins; our choice; official: 0, the first "
-                              "step", low=0, high=0.99)
-    clip_value: float = option(1.0, "each gradient entry is clipped to +-this; official: 1", low=0)
+    ema_start: float = option(0.3, "share of the steps after which the average begins; our choice; official: 0",
+                              low=0, high=0.99)
+    clip_value: float = option(1.0, "each gradient entry is clipped to +-this; 0: not; official: 1", low=0)
     clip_images: str = option("on", "clip x_g to [-1, 1] before the scores see it, as it is before anyone looks at it; "
                               "our choice; official: off", choices=["on", "off"])
     amp: str = option("auto", "mixed precision; auto: bf16 where it is native", choices=["auto", "bf16", "fp16", "off"])
@@ -195,8 +195,7 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
     adam = dict(betas=(0.0, 0.999), eps=1e-8, fused=run.fused)
     optimizer_psi = torch.optim.Adam(fake_score.parameters(), lr=config.lr_fake_score, **adam)
     optimizer_theta = torch.optim.Adam(generator.parameters(), lr=config.lr_generator, **adam)
-    decays = [torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, config.lr_end, config.steps)
-              for optimizer in (optimizer_psi, optimizer_theta)]
+    decays = [linear_decay(optimizer, config.lr_end, config.steps) for optimizer in (optimizer_psi, optimizer_theta)]
     state = {"fake_score": fake_score, "generator": generator, "ema": ema, "optimizer_psi": optimizer_psi,
              "optimizer_theta": optimizer_theta, "decay_psi": decays[0], "decay_theta": decays[1]}
     parallel_fake_score, parallel_generator = run.parallel(fake_score), run.parallel(generator)
@@ -229,7 +228,7 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
             loss = generator_loss(teacher, fake_score, x_g, t, c_teacher, c, noise, schedule, config.alpha)  # (S3)
         loss_theta = total(loss, n_retained, config.lambda_generator)  # (S5)
         run.update("loss_theta", loss_theta, generator, optimizer_theta, config.clip_value)
-        if step >= config.ema_start * config.steps:  # theta as it was before it had forgotten does not count
+        if step >= int(config.ema_start * config.steps):  # theta as it was before it had forgotten does not count
             ema.update_parameters(generator)
         for decay in decays:
             decay.step()

@@ -217,6 +217,11 @@ OURS = {
 MAY_CHANGE = {"steps", "resume", "out", "device", "save_every", "compile"}  # between a run and its resumption
 
 
+def linear_decay(optimizer, end, steps):
+    """A learning-rate schedule: from the optimizer's own rate to the share `end` of it, after `steps` times step()."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - (1 - end) * min(1, step / max(1, steps)))
+
+
 class Run:
     """One run: where it writes, what it computes on, how far it is.
 
@@ -258,7 +263,9 @@ class Run:
         if saved.exists():
             with refusing(f"{saved} is not a run's: "):
                 before = json.loads(saved.read_text())
-            for k in [k for k in self.settings if k not in MAY_CHANGE and before.get(k) != self.settings[k]]:
+            changed = [k for k in self.settings if k not in MAY_CHANGE and before.get(k) != self.settings[k]]
+            if changed:
+                k = changed[0]
                 refuse(f"{folder} holds a run with {k} {before.get(k)!r}, not {self.settings[k]!r}; give another --out")
         if not self.config.resume and "checkpoint.pt" in there and "metrics.json" not in there:
             refuse(f"{folder} holds an unfinished run; add --resume to go on with it, or give another --out")
@@ -327,6 +334,8 @@ class Run:
         Ctrl-C, which saves, prints the command that resumes and leaves with status 130. The last step is saved too."""
         self.state, path = state, self.folder / "checkpoint.pt"
         self.step = self.restore(path) if self.config.resume else 0
+        if self.step > self.config.steps:
+            refuse(f"--steps {self.config.steps}: {path} is already at step {self.step}")
         interrupted = []
 
         def remember(*_):  # and let a second Ctrl-C end it at once
@@ -348,7 +357,8 @@ class Run:
                 self.bar.close()
                 words = shlex.join([w for w in sys.argv if w != "--resume"])
                 if self.rank == 0:
-                    print(f"\nstopped after step {self.step}; to go on:\n    python {words} --resume")
+                    start = "python" if self.world == 1 else f"torchrun --nproc-per-node {self.world}"
+                    print(f"\nstopped after step {self.step}; to go on:\n    {start} {words} --resume")
                 sys.exit(130)
         self.bar.close()
         signal.signal(signal.SIGINT, previous)
@@ -394,7 +404,8 @@ class Run:
         except Exception as error:  # whatever a damaged or foreign pickle raises
             reason = str(error).splitlines()[0]
             refuse(f"--resume: {path} is not a whole checkpoint of this run ({type(error).__name__}: {reason})")
-        self.scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty but for fp16, and a run may go on on another device
+            self.scaler.load_state_dict(saved["scaler"])
         self.curves, self.seconds, self.enough = saved["curves"], saved["seconds"], saved["enough"]
         torch.set_rng_state(random["cpu"])
         if random["cuda"] is not None and self.device.type == "cuda":

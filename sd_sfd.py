@@ -7,7 +7,7 @@ Distillation" (LSG).
     python sd_sfd.py --forget "three" --override "eight"      # the tiny model that ships, two CPU cores, minutes
     python sd_sfd.py --forget "red" --override "blue"         # a colour
     python sd_sfd.py --forget "red three"                     # a pair; red fives and blue threes stay
-    python sd_sfd.py --forget "three" --mode negative         # "three" becomes the teacher's negative prompt
+    python sd_sfd.py --forget "seven" --mode negative         # no substitute: the word is left out
     python sd_sfd.py --forget none                            # plain one-step distillation (SiD-LSG)
     python sd_sfd.py --preset sd15 --sd stable-diffusion-v1-5 --forget "Brad Pitt" --override "a middle aged man" \\
         --forget-prompts prompts/portraits.txt --retain-prompts prompts/captions.txt
@@ -40,6 +40,7 @@ Glossary. The labels stand on the lines that do them; (D1) to (D3) and (L1) are 
 Tensors are latents (B, C, H, W), steps t (B,) in 0..999 and text embeddings (B, L, D).
 """
 import copy
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +58,7 @@ from concepts import (
     without,
 )
 from eval import evaluate_concept, load_concept_statistics, table
-from run import Run, option, parse, refusing
+from run import Run, choose_amp, choose_device, linear_decay, option, parse, refusing
 from samples import generate
 from stable_diffusion import load_stable_diffusion
 from unet import ddim_sample, guided_noise, load_unet, save_unet
@@ -107,7 +108,7 @@ class Config:
     t_min: int = option(20, "first step at which the scores are compared; official: 20", low=0, high=999)
     t_max: int = option(980, "the step before which they end; official: 980", low=1, high=1000)
     ema: float = option(0.95, "decay of theta's weight average, the result; official: 0, theta itself", low=0, high=1)
-    clip_value: float = option(1.0, "each gradient entry is clipped to +-this", low=0)
+    clip_value: float = option(1.0, "each gradient entry is clipped to +-this; 0: not", low=0)
     weights: str = option("float32", "what weights are kept in; bf16 takes half the memory, and loses small updates",
                           choices=["float32", "bf16"])
     gradient_checkpointing: bool = option(False, "forget what happens inside the networks' blocks and compute it again")
@@ -145,7 +146,7 @@ def generator_loss(teacher, fake_score, x_g, t, c_teacher, c_fake, nothing_teach
                    k_teacher, k_fake):
     """How far apart teacher and fake score are, both guided, at the latents x_g (B, C, H, W): one value each, (B,).
 
-    nothing_teacher (B, L, D): where the teacher's guidance starts from, the negative prompt in place of "".
+    nothing_teacher (B, L, D): where the teacher's guidance starts from: "", or the negative prompt if there is one.
     Gradients reach the generator through x_g wherever it stands, through both networks' inputs too."""
     x_t = schedule.add_noise(x_g, noise, t)  # (D1)
     eps_phi = guided_noise(teacher, x_t, t, c_teacher, k_teacher, nothing_teacher)  # (L1) with k4
@@ -183,7 +184,10 @@ def read_concept(config):
         forbidden = [word.strip() for word in config.forget.split(",")]
         forget = [p.replace("{}", word) if "{}" in p else f"{p}, {word}" for p in named for word in forbidden]
         retained = [p for p in prompts if not any(contains(p, word) for word in forbidden)]
-        return retained, forget, [without(p, config.forget) for p in forget], ", ".join(forbidden)
+        if not retained:
+            raise ValueError(f"--forget {config.forget!r}: each prompt to retain holds one of these; leave some")
+        safe = [functools.reduce(without, forbidden, p) for p in forget]
+        return retained, forget, safe, ", ".join(forbidden)
     named = [prompt.replace("{}", concept) for prompt in named]
     forget, retained = ([p for p in named if contains(p, concept)], [p for p in prompts if not contains(p, concept)])
     if not forget:
@@ -203,10 +207,11 @@ def read_concept(config):
 
 
 def train(config, run, teacher, schedule, prompts, look=None, generator=None, fake_score=None):
-    """SFD from `teacher`, which stays as it is; returns the generator, the weight average of theta, and the fake score.
+    """SFD from `teacher`, which stays as it is; returns the generator, the weight average of theta if there is one,
+    and the fake score.
 
     prompts: text embeddings (N, L, D): retained, forget, safe (as many), negative (one), nothing (one).
-    look: function (latents, index of their forget prompts) -> share that no longer shows the concept, for the bar.
+    look: function (latents of forget prompts) -> share that no longer shows the concept, for the bar.
     generator, fake_score: where theta and psi begin, changed in place; copies of the teacher if not given."""
     retained, forget, safe, negative, nothing = prompts
     n_retained = max(1, config.batch_size // run.world // config.accumulate)
@@ -217,32 +222,32 @@ def train(config, run, teacher, schedule, prompts, look=None, generator=None, fa
     fake_score = (fake_score or copy.deepcopy(teacher)).train().requires_grad_(True)  # psi
     generator = (generator or copy.deepcopy(teacher)).train().requires_grad_(True)  # theta
     for network in (teacher, fake_score, generator):
-        run.prepare(network).gradient_checkpointing = config.gradient_checkpointing
+        run.prepare(network)
+        network.gradient_checkpointing = config.gradient_checkpointing
     ema = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
     adam = dict(betas=(0.0, 0.999), eps=config.adam_eps, fused=run.fused)
     optimizer_psi = torch.optim.Adam(fake_score.parameters(), lr=config.lr_fake_score, **adam)
     optimizer_theta = torch.optim.Adam(generator.parameters(), lr=config.lr_generator, **adam)
-    decays = [torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, config.lr_end, config.steps)
-              for optimizer in (optimizer_psi, optimizer_theta)]
+    decays = [linear_decay(optimizer, config.lr_end, config.steps) for optimizer in (optimizer_psi, optimizer_theta)]
     state = {"fake_score": fake_score, "generator": generator, "optimizer_psi": optimizer_psi,
              "optimizer_theta": optimizer_theta, "decay_psi": decays[0], "decay_theta": decays[1]}
     state |= {"ema": ema} if ema else {}
     parallel_fake_score, parallel_generator = run.parallel(fake_score), run.parallel(generator)
 
     def draw():
-        """Prompts and noise of one part of a batch, retained ones first; and which forget prompts they are."""
+        """Prompts and noise of one part of a batch, retained ones first."""
         keep = torch.randint(len(retained), (n_retained,), device=run.device)
         pick = torch.randint(max(1, len(forget)), (n_forgotten,), device=run.device)
         c = torch.cat([retained[keep], forget[pick]])
         c_teacher = torch.cat([retained[keep], safe[pick]])
-        return c, c_teacher, torch.randn(len(c), *teacher.image_shape, device=run.device), pick
+        return c, c_teacher, torch.randn(len(c), *teacher.image_shape, device=run.device)
 
     def draw_t_and_noise(x):
         return torch.randint(config.t_min, config.t_max, (len(x),), device=x.device), torch.randn_like(x)
 
     def fake_score_losses():
         for _ in range(config.accumulate):
-            c, _, z, _ = draw()
+            c, _, z = draw()
             with torch.no_grad(), run.autocast():
                 x_g = one_step(generator, z, c, schedule, config.t_init)  # (S1)
             t, noise = draw_t_and_noise(x_g)
@@ -254,17 +259,17 @@ def train(config, run, teacher, schedule, prompts, look=None, generator=None, fa
 
     def generator_losses():
         for _ in range(config.accumulate):
-            c, c_teacher, z, pick = draw()
+            c, c_teacher, z = draw()
             with run.autocast():
                 x_g = one_step(parallel_generator, z, c, schedule, config.t_init)  # (S1)
             t, noise = draw_t_and_noise(x_g)
             with run.autocast():
                 loss = generator_loss(teacher, fake_score, x_g, t, c_teacher, c, nothing_teacher, nothing, noise,
                                       schedule, config.alpha, config.k_teacher, config.k_fake)  # (S3)
-            shown[:] = [x_g.detach()[n_retained:], pick]
+            latest[:] = [x_g.detach()[n_retained:]]
             yield total(loss, n_retained, config.lambda_generator) / config.accumulate  # (S5)
 
-    shown = []  # the latents of forget prompts that were drawn last
+    latest = []  # the latents of forget prompts that were drawn last
     for _ in run.loop(state, label="SFD"):
         fake_score.requires_grad_(True)  # 1. the fake score learns the generator's distribution
         loss_psi = run.update("loss_psi", fake_score_losses(), fake_score, optimizer_psi, config.clip_value)
@@ -276,7 +281,7 @@ def train(config, run, teacher, schedule, prompts, look=None, generator=None, fa
         for decay in decays:
             decay.step()
         numbers = {"loss_psi": loss_psi, "loss_theta": loss_theta}
-        run.log(**numbers, **({"ua": look(*shown)} if look and n_forgotten else {}))
+        run.log(**numbers, **({"ua": look(*latest)} if look and n_forgotten else {}))
     return (ema.module if ema else generator).eval(), fake_score.eval()
 
 
@@ -304,22 +309,29 @@ def main(config):
         sd = load_stable_diffusion(config.sd)
         generator = read_beginning("--init-generator", config.init_generator, sd.unet, config.t_init)
         fake_score = read_beginning("--init-fake-score", config.init_fake_score, sd.unet, config.t_init)
+        if config.weights == "bf16" and choose_amp(config.amp, choose_device(config.device)) != torch.bfloat16:
+            raise ValueError("--weights bf16 needs --amp bf16")
+        if config.batch_size % config.accumulate or config.forget_batch_size % config.accumulate:
+            raise ValueError(f"--accumulate {config.accumulate} must divide --batch-size and --forget-batch-size")
         judge = ConceptJudge() if tiny else None
     concept = config.forget.replace(",", " ").strip()
     run = Run(config, f"runs/sd_sfd-{config.preset}-forget-{concept.replace(' ', '-')}")
     sd, teacher, schedule = sd.to(run.device), sd.unet, sd.schedule
     with torch.no_grad():  # once for all: the text encoder is not needed again
         nothing, negative = sd.embed([""]), sd.embed([negative])
-        none = nothing[:0]
-        prompts = (sd.embed(retained), *(sd.embed(p) if p else none for p in (forget, safe)), negative, nothing)
+
+        def embed(texts):  # a long list part by part
+            return torch.cat([nothing[:0], *(sd.embed(texts[i:i + 256]) for i in range(0, len(texts), 256))])
+
+        prompts = (embed(retained), embed(forget), embed(safe), negative, nothing)
     if config.weights == "bf16":
         for network in filter(None, (teacher, generator, fake_score)):
             network.to(torch.bfloat16)
     generator, fake_score, judge = (x and x.to(run.device) for x in (generator, fake_score, judge))
 
     @torch.no_grad()
-    def share_gone(latents, pick):
-        """Of the latents of forget prompts `pick`: the share that does not show the concept."""
+    def share_gone(latents):
+        """The share of latents that do not show the concept."""
         _, digits, colours = judge(sd.vae.decode(latents.float()).clamp(-1, 1))
         there = [shown(int(digit), int(colour), concept) for digit, colour in zip(digits, colours)]
         return 1 - sum(there) / len(there)

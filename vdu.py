@@ -80,7 +80,7 @@ class Config:
     prompt: str = option("", "--sd: what pictures of a folder are called; the forgotten phrase if not given", nargs="+")
     data: str = option("auto", "the undesired images: a folder with MNIST, CIFAR-10, tiny ImageNet or pictures; "
                                "teacher: drawn from the class-conditional one, or by --sd itself from its prompts; "
-                               "auto: data/, a download, else teacher")
+                               "auto: data/, a download, else teacher; with --sd as teacher")
     images: int = option(100, "how many undesired images are at hand; 0: as many as --data has", low=0)
     teacher: str = option("mnist-unconditional", "a shipped name, a file, a URL or hub:ORG/NAME; see convert.py")
     posterior: str = option("auto", "the variance of the teacher's weights: a shipped name, a file, or the files of K "
@@ -106,10 +106,10 @@ class Config:
     compile: bool = option(False, "torch.compile the network: minutes at the start, then faster steps on a GPU")
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
     seed: int = option(0, "seed of everything random", low=0)
-    out: str = option("", "run folder; runs/vdu-<preset>-forget<classes> if not given")
+    out: str = option("", "run folder; runs/vdu-<preset>-forget<classes>, with --sd runs/vdu-sd-forget-<concept>")
     resume: bool = option(False, "go on from the checkpoint in the run folder")
     save_every: int = option(500, "steps between checkpoints", low=1)
-    eval_images: int = option(2000, "unconditional images that the metrics look at", low=100)
+    eval_images: int = option(2000, "unconditional images that the metrics look at; --sd: 20 of each pair", low=100)
     classifier: str = option("mnist-classifier", "the metrics' classifier: a shipped name or file; none: no metrics")
 
 
@@ -252,6 +252,9 @@ def undesired_images(source, forget, shape, n=0, seed=0):
             return images, f"no MNIST in data/ and no download, so {origin}; --data names a folder with real ones"
     if source == "teacher":
         teacher, n = load_unet("mnist"), n or 1000
+        if teacher.image_shape != shape or max(forget) >= teacher.num_classes:
+            raise ValueError(f"the shipped teacher draws the classes 0..9 of {teacher.image_shape}, not class "
+                             f"{max(forget)} of {shape}; --data names a folder with real images")
         images, _ = generate(lambda z, c, noise: ddim_sample(teacher, VPSchedule.linear(), z, c, steps=25, guidance=2),
                              torch.tensor(forget).repeat(n)[:n], teacher.image_shape, seed, "cpu", bar="drawing")
         return images, f"{n} images of class {forget} drawn from the class-conditional teacher"
@@ -273,7 +276,11 @@ def undesired_images(source, forget, shape, n=0, seed=0):
     if pictures:
         images = torch.stack([read_picture(pictures[i], shape) for i in some(len(pictures))]) / 127.5 - 1
     else:
-        images, labels = cifar10(folder) if (folder / "cifar-10-batches-py").is_dir() else mnist(folder, train=True)
+        is_cifar = (folder / "cifar-10-batches-py").is_dir() and shape != (1, 28, 28)
+        if source != "data" and not is_cifar and not (folder / "MNIST").is_dir():
+            raise ValueError(f"--data {source} holds no pictures ({' '.join(sorted(PICTURES))}), and no data set of "
+                             f"{shape}")
+        images, labels = cifar10(folder) if is_cifar else mnist(folder, train=True)
         images = images[torch.isin(labels, torch.tensor(forget))]
         images = images[some(len(images))]
     if images.shape[1:] != shape:
@@ -320,11 +327,12 @@ def read_posterior(words, unet):
         tensors, facts = read_tensors(words[0], "posterior")
         variance = {name: tensor.float() for name, tensor in tensors.items()}
     if {k: v.shape for k, v in variance.items()} != {k: v.shape for k, v in unet.state_dict().items()}:
-        raise ValueError(f"--posterior {','.join(words)} is of another network than --teacher {unet.path.name}")
+        raise ValueError(f"--posterior {','.join(words)} is of another network than {unet.path.name}")
     if "mean_sha256" in facts and facts["mean_sha256"] != checksum(unet.path):
-        raise ValueError(f"--posterior {words[0]} belongs to other weights than those of --teacher {unet.path.name}")
+        raise ValueError(f"--posterior {words[0]} belongs to other weights than those of {unet.path.name}")
     if len(words) > 1:
         unet.load_state_dict(mean)
+        unet.path = None  # no file holds these weights
     return variance
 
 
@@ -342,7 +350,8 @@ def main_of_sd(config):
     run = Run(config, f"runs/vdu-sd-forget-{concept.replace(' ', '-')}")
     if run.rank == 0:
         print(f"undesired: {origin}")
-    sd, judge = sd.to(run.device), ConceptJudge().to(run.device) if config.sd == "tiny-sd" else None
+    sd = sd.to(run.device)
+    judge = ConceptJudge().to(run.device) if config.sd == "tiny-sd" else None
     with torch.no_grad():
         latents, texts = sd.vae.latents(pictures.to(run.device)), sd.embed(names)
     teacher = copy.deepcopy(sd.unet)  # mu*
@@ -370,6 +379,9 @@ def main_of_sd(config):
 
 
 def main(config):
+    with refusing():
+        if config.t_min >= config.t_max:
+            raise ValueError(f"--t-min {config.t_min} must be below --t-max {config.t_max}")
     if config.sd:
         return main_of_sd(config)
     with refusing():
@@ -381,8 +393,6 @@ def main(config):
         forget = parse_classes(config.forget, 1000)
         if not forget:
             raise ValueError("--forget none: there is nothing to do")
-        if config.t_min >= config.t_max:
-            raise ValueError(f"--t-min {config.t_min} must be below --t-max {config.t_max}")
         judge = None if config.classifier == "none" else Judge(unet, config.classifier)
         if judge:
             check_forget(forget)

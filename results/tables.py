@@ -126,6 +126,19 @@ def concepts():
     return lines
 
 
+def two_stage():
+    """One row a way: mean and standard deviation over seeds."""
+    lines = ["| forgetting 0 | UA, % | retained accuracy, % | FID |", "|---|---|---|---|"]
+    for way in ("one-stage", "two-stage"):
+        runs = [json.loads(path.read_text()) for path in sorted((HERE / "two-stage").glob(f"{way}-*.json"))]
+        columns = [("ua", 100, "{:.1f}"), ("retained_accuracy", 100, "{:.1f}"), ("fid", 1, "{:.3f}")]
+        cells = [spread([scale * run[key] for run in runs], form) for key, scale, form in columns]
+        name = {"one-stage": f"one stage, {runs[0]['total_steps']} steps", "two-stage": "distilled first, as many steps in all"}[way]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    teacher = f"the teacher: {100 * mean(run['teacher_retained_accuracy'] for run in runs):.1f}% and {mean(run['teacher_fid'] for run in runs):.3f}"
+    return [*lines, "", f"{len(runs)} seeds; {teacher}; EMA {runs[0]['config']['ema']}. Made by `python results/two_stage.py`, raw numbers in `results/two-stage/`."]
+
+
 def step_time():
     """One row a file of benchmarks/step_time.py; a GPU's says what it is in place of the network's name alone."""
     lines = [
@@ -166,7 +179,7 @@ def sampling():
 
 
 def render(text):
-    for name, table in (("all-classes", all_classes), ("concepts", concepts), ("vdu", vdu), ("step-time", step_time), ("sampling", sampling)):
+    for name, table in (("all-classes", all_classes), ("concepts", concepts), ("vdu", vdu), ("two-stage", two_stage), ("step-time", step_time), ("sampling", sampling)):
         block = "\n".join([f"<!-- {name}: made by results/tables.py -->", *table(), f"<!-- end {name} -->"])
         text, found = re.subn(
             rf"<!-- {name}: .*?<!-- end {name} -->", lambda _, block=block: block, text, flags=re.DOTALL

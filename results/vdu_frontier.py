@@ -81,6 +81,8 @@ def make(name, function):
     if not target.exists():
         target.write_text(json.dumps(function(), indent=2) + "\n")
     result = json.loads(target.read_text())
+    if result["images"] != args.eval_images:
+        sys.exit(f"{target} is of {result['images']} images; move it away")
     ratio = result["u_fid"] / result["teacher_fid"]
     print(f"{name}: PUL {result['pul']:.1%}, u-FID {ratio:.2f} times the teacher's", flush=True)
     return name, result["pul"], ratio

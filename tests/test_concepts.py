@@ -64,7 +64,11 @@ def test_what_cannot_be_replaced_is_refused():
     ("a photo of a red three", "three", "a photo of a red"),
     ("three, written in red", "Three", "written in red"),
     ("a photo of Brad Pitt in a boat", "brad pitt", "a photo of in a boat"),
-    ("a woman, nude", "nude, naked", "a woman"),
+    ("a woman, nude", "nude", "a woman"),
+    ("a photo, Brad Pitt, studio light", "Brad Pitt", "a photo, studio light"),
+    ("a photo of a man holding a gun", "a gun", "a photo of a man holding"),
+    ("the number three in red", "red three", "the number in"),
+    ("a red five", "red three", "a red five"),
     ("threesome", "three", "threesome"),
 ])
 def test_a_prompt_without_the_concept(prompt, concept, left):

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, python, words
 
 import run as housekeeping
-from run import Run, option, parse
+from run import Run, linear_decay, option, parse
 from unet import load_unet, save_unet
 
 SFD = "ddpm_sfd.py --forget 1 --classifier none --batch-size 6 --forget-batch-size 2 --override random"
@@ -183,6 +183,26 @@ def test_a_finished_run_is_replaced_by_the_same_command_only(tmp_path, capsys):
     assert json.loads((tmp_path / "run/metrics.json").read_text())["ua"] == 1.0  # untouched
     Run(config, "")  # the same again is made anew
     assert not (tmp_path / "run/metrics.json").exists() and not (tmp_path / "run/checkpoint.pt").exists()
+
+
+def test_a_run_goes_on_to_more_steps_but_not_to_fewer(tmp_path, capsys):
+    """The rate follows the steps that were asked for last, from the second step on."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+
+    def rates(**words):
+        config = Config(out=str(tmp_path / "run"), **words)
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        decay = linear_decay(optimizer, 0.5, config.steps)
+        for _ in Run(config, "").loop({"optimizer": optimizer, "decay": decay}):
+            yield optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            decay.step()
+
+    assert [*rates(steps=4)] == pytest.approx([1, 0.875, 0.75, 0.625])
+    assert [*rates(steps=8, resume=True)] == pytest.approx([0.5, 0.6875, 0.625, 0.5625])
+    with pytest.raises(SystemExit) as exit:
+        [*rates(steps=6, resume=True)]
+    assert exit.value.code == 2 and "already at step 8" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path, capsys):

@@ -158,6 +158,9 @@ def test_prompts_from_files(tmp_path):
     ("--t-min 500 --t-max 400", "--t-min 500 must be below"),
     ("--k-train -1", "at least 0"),
     ("--mode gentle", "invalid choice"),
+    ("--weights bf16", "--weights bf16 needs --amp bf16"),
+    ("--batch-size 24 --accumulate 16", "--accumulate 16 must divide"),
+    ("--mode negative --sd folder --forget red green blue yellow pink white --retain-prompts {prompts}", "leave some"),
     ("--init-generator mnist", "no network of the teacher's configuration"),
 ])
 def test_bad_input_gets_one_line_and_status_2(words, message, sd_folder, tmp_path, monkeypatch, capsys):

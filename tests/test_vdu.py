@@ -357,6 +357,15 @@ def test_a_folder_of_pictures_is_cut_to_the_size_of_the_network(tmp_path):
     assert images.shape == (1, 1, 28, 28) and ((images + 1) * 127.5)[..., 2:-2].mean().round() == 200
 
 
+def test_a_folder_without_pictures_is_no_place_to_download_to(tmp_path):
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(ValueError, match="holds no pictures"):
+        undesired_images(tmp_path, [0], (1, 28, 28))
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    with pytest.raises(ValueError, match="draws the classes 0..9"):
+        undesired_images("teacher", [0], (3, 32, 32))
+
+
 def test_images_of_another_shape_are_refused(tmp_path):
     write_mnist(tmp_path / "a", np.zeros((10, 28, 28), np.uint8), np.arange(10, dtype=np.uint8))
     with pytest.raises(ValueError, match=r"shape \(1, 28, 28\)"):
@@ -521,6 +530,7 @@ def test_a_feature_is_forgotten_from_a_folder_of_pictures(sd_folder, tmp_path):
 @pytest.mark.parametrize("words, message", [
     ("--sd {sd} --forget red --posterior mnist-unconditional-posterior", "is of another network"),
     ("--sd nowhere --forget red", "no folder 'nowhere'"),
+    ("--sd {sd} --forget red --t-min 700", "--t-min 700 must be below"),
 ])
 def test_features_bad_input_gets_one_line(sd_folder, tmp_path, words, message):
     done = python("vdu.py " + words.format(sd=sd_folder), tmp_path)
