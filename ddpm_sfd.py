@@ -42,19 +42,19 @@ from dataclasses import dataclass
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from convert import load_teacher
+from convert import load_teacher, read_beginning
 from eval import evaluate, parse_classes, table
 from features import Judge
 from run import Run, linear_decay, option, parse, refusing
 from samples import balanced_labels, generate, image_grid
-from unet import VPSchedule, ddim_sample, load_unet, save_unet
+from unet import VPSchedule, ddim_sample, save_unet
 
 # ---------------------------------------------------------------------------- config
 
 OFFICIAL = dict(  # the settings of the official code's CIFAR-10 run
     steps=50_000, batch_size=128, forget_batch_size=128, lr_generator=1e-5, lr_fake_score=1e-5, lr_end=1.0, alpha=1.2,
-    lambda_generator=0.01, lambda_fake_score=0.01, t_init=440, t_min=38, t_max=712, ema=0.9999, ema_start=0.0,
-    clip_value=1.0, clip_images="off", classifier="none",
+    lambda_generator=0.01, lambda_fake_score=0.01, t_init=440, t_min=38, t_max=712, ema=0.9999, clip_value=1.0,
+    clip_images="off", classifier="none",
 )
 PRESETS = {
     "mnist": {},  # the defaults below
@@ -85,9 +85,7 @@ class Config:
     t_init: int = option(440, "the noise level that the generator works at; official: 440", low=0, high=999)
     t_min: int = option(20, "first step at which the scores are compared; official: 38", low=0, high=999)
     t_max: int = option(600, "the step before which they end; official: 712", low=1, high=1000)
-    ema: float = option(0.99, "decay of theta's weight average, the result; official: 0.9999", low=0, high=1)
-    ema_start: float = option(0.3, "share of the steps after which the average begins; our choice; official: 0",
-                              low=0, high=0.99)
+    ema: float = option(0.985, "decay of theta's weight average, the result; official: 0.9999", low=0, high=1)
     clip_value: float = option(1.0, "each gradient entry is clipped to +-this; 0: not; official: 1", low=0)
     clip_images: str = option("on", "clip x_g to [-1, 1] before the scores see it, as it is before anyone looks at it; "
                               "our choice; official: off", choices=["on", "off"])
@@ -203,7 +201,7 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
     def draw_t_and_noise(x):
         return torch.randint(config.t_min, config.t_max, (len(x),), device=x.device), torch.randn_like(x)
 
-    for step in run.loop(state, label="SFD"):
+    for _ in run.loop(state, label="SFD"):
         # labels are drawn, images are the generator's own; retained and forgotten ones share one pass
         c, c_teacher = draw_labels(retained, forget, override, n_retained, n_forgotten)
         z = torch.randn(len(c), *teacher.image_shape, device=run.device)
@@ -228,8 +226,7 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
             loss = generator_loss(teacher, fake_score, x_g, t, c_teacher, c, noise, schedule, config.alpha)  # (S3)
         loss_theta = total(loss, n_retained, config.lambda_generator)  # (S5)
         run.update("loss_theta", loss_theta, generator, optimizer_theta, config.clip_value)
-        if step >= int(config.ema_start * config.steps):  # theta as it was before it had forgotten does not count
-            ema.update_parameters(generator)
+        ema.update_parameters(generator)
         for decay in decays:
             decay.step()
 
@@ -241,18 +238,6 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
 
 
 # ---------------------------------------------------------------------------- main
-
-
-def read_beginning(flag, source, teacher, t_init):
-    """The network that theta or psi begins with, if not with the teacher: of the teacher's shape, for t_init."""
-    if not source:
-        return None
-    network = load_unet(source)
-    if network.config != teacher.config:
-        raise ValueError(f"{flag} {source} is no network of the teacher's configuration")
-    if network.card.get("t_init", t_init) != t_init:
-        raise ValueError(f"{flag} {source} was made for --t-init {network.card['t_init']}, not {t_init}")
-    return network
 
 
 def main(config):

@@ -1,5 +1,6 @@
 """Images drawn from a network, the same noise for the same seed and index, and shown."""
 
+import contextlib
 import math
 import time
 
@@ -84,3 +85,16 @@ def image_grid(images, labels, path, title, forget=(), seen=None):
             axes.add_patch(matplotlib.patches.Rectangle(corner, width, height, fill=False, edgecolor="crimson"))
     axes.tick_params(length=0)
     figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def guided_sampler(sd, unet, autocast=contextlib.nullcontext, steps=50, guidance=4.5):
+    """How a text-to-image model is drawn from with `unet` in place of its own: (z, c, noise) -> pictures, by DDIM."""
+    with torch.no_grad():
+        nothing = sd.embed([""])
+
+    def sample(z, c, noise=None):
+        with autocast():
+            latents = ddim_sample(unet, sd.schedule, z, c, steps, guidance=guidance, x0_clip=False, null=nothing)
+        return sd.vae.decode(latents.float())
+
+    return sample

@@ -57,11 +57,12 @@ from concepts import (
     shown,
     without,
 )
+from convert import read_beginning
 from eval import evaluate_concept, load_concept_statistics, table
 from run import Run, choose_amp, choose_device, linear_decay, option, parse, refusing
-from samples import generate
+from samples import generate, guided_sampler
 from stable_diffusion import load_stable_diffusion
-from unet import ddim_sample, guided_noise, load_unet, save_unet
+from unet import guided_noise, save_unet
 
 # ---------------------------------------------------------------------------- config
 
@@ -288,18 +289,6 @@ def train(config, run, teacher, schedule, prompts, look=None, generator=None, fa
 # ---------------------------------------------------------------------------- main
 
 
-def read_beginning(flag, source, teacher, t_init):
-    """The network that theta or psi begins with, if not with the teacher: of the teacher's shape, for t_init."""
-    if not source:
-        return None
-    network = load_unet(source)
-    if network.config != teacher.config:
-        raise ValueError(f"{flag} {source} is no network of the teacher's configuration")
-    if network.card.get("t_init", t_init) != t_init:
-        raise ValueError(f"{flag} {source} was made for --t-init {network.card['t_init']}, not {t_init}")
-    return network
-
-
 def main(config):
     tiny = config.sd == "tiny-sd"
     with refusing():
@@ -349,18 +338,14 @@ def main(config):
                 latents = one_step(generator, z, c, schedule, config.t_init)
             return sd.vae.decode(latents.float())
 
-        def teacher_sample(z, c, noise=None):
-            with run.autocast():
-                latents = ddim_sample(teacher, schedule, z, c, 50, guidance=4.5, x0_clip=False, null=nothing)
-            return sd.vae.decode(latents.float())
-
         def spread(prompts, n):  # n of them, evenly
             return prompts[:: max(1, len(prompts) // n)][:n]
 
         rows = spread(forget, 4) + spread(retained, 6)
         with torch.no_grad():
             c = sd.embed(rows).repeat_interleave(8 if tiny else 2, dim=0)
-        for name, draw, title in (("before", teacher_sample, "teacher, 50 steps, guidance 4.5"),
+        before = guided_sampler(sd, teacher, run.autocast)
+        for name, draw, title in (("before", before, "teacher, 50 steps, guidance 4.5"),
                                   ("after", sample, "SFD, 1 network call")):
             pictures, _ = generate(draw, c, teacher.image_shape, config.seed, run.device, 80 if tiny else 10)
             prompt_grid(pictures, rows, run.folder / f"samples_{name}.png", title, range(min(4, len(forget))))

@@ -14,8 +14,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from concepts import PAIRS, TEMPLATES, ConceptJudge, every_prompt, paint
 from data import mnist
 from eval import draw_concepts, frechet_distance, moments, pool
+from samples import guided_sampler
 from stable_diffusion import Autoencoder, StableDiffusion, TextEncoder, word_tokenizer
-from unet import UNet, VPSchedule, ddim_sample, write_tensors
+from unet import UNet, VPSchedule, write_tensors
 
 AUTOENCODER = dict(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, sample_size=32)
 TEXT_ENCODER = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
@@ -128,13 +129,7 @@ GUIDANCE, STEPS = 4.5, 50  # how the teacher is sampled wherever it is scored
 def score(sd, run, path, per_pair, seed):
     """Draw `per_pair` pictures of each digit in each colour, and see what they show. Writes to `path` what was seen,
     which sd_sfd.py's pictures are compared with; returns the scores."""
-    judge, nothing = ConceptJudge().to(run.device), sd.embed([""])
-
-    def sample(z, c, noise):
-        with run.autocast():
-            latents = ddim_sample(sd.unet, sd.schedule, z, c, STEPS, guidance=GUIDANCE, x0_clip=False, null=nothing)
-        return sd.vae.decode(latents)
-
+    judge, sample = ConceptJudge().to(run.device), guided_sampler(sd, sd.unet, run.autocast, STEPS, GUIDANCE)
     pictures, pairs, seconds = draw_concepts(sample, sd, per_pair, seed, run.device, bar="tiny-sd")
     features, digits, colours = judge(pictures)
     right = torch.stack([digits, colours], 1) == torch.tensor(PAIRS)[pairs]  # (N, 2)

@@ -60,7 +60,7 @@ from eval import (
 )
 from features import Judge
 from run import Run, checksum, option, parse, refusing
-from samples import generate, image_grid, unconditional_sampler
+from samples import generate, guided_sampler, image_grid, unconditional_sampler
 from stable_diffusion import load_stable_diffusion
 from unet import VPSchedule, ddim_sample, load_unet, read_tensors, save_unet
 
@@ -306,14 +306,6 @@ def undesired_pictures(config, sd, concept):
         pictures, _ = generate(guided_sampler(sd, sd.unet), sd.embed(names), sd.unet.image_shape, config.seed, "cpu",
                                bar="drawing")
     return pictures, names, f"{n} pictures drawn by the model itself from its prompts with {concept!r}"
-
-
-def guided_sampler(sd, unet):
-    """How text-to-image models are drawn from here: 50 DDIM steps, guidance 4.5. (z, c, noise) -> pictures."""
-    def sample(z, c, noise):
-        latents = ddim_sample(unet, sd.schedule, z, c, 50, guidance=4.5, x0_clip=False, null=sd.embed([""]))
-        return sd.vae.decode(latents)
-    return sample
 
 
 def read_posterior(words, unet):
