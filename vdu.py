@@ -4,9 +4,9 @@ Panda, Varun M S, Jain, Maharana, Prathosh A. P., "Variational Diffusion Unlearn
 Models under Data Constraints: A Variational Inference Approach"), TMLR 2026, arXiv 2510.04058.
 
     python vdu.py --forget 1                          # from two CPU cores to a GPU
-    python vdu.py --forget 1 --images 10              # all we have of it is ten images
-    python vdu.py --forget 1 --data my_images/        # a folder of pictures of what is to go
-    python vdu.py --sd tiny-sd --forget red           # a feature, from a text-to-image model
+    python vdu.py --forget 2 --images 10              # all we have of it is ten images
+    python vdu.py --forget 3 --data my_images/        # a folder of pictures of what is to go
+    python vdu.py --preset tiny-sd --forget red       # a feature, from a text-to-image model
 
 The idea. Training gave us a belief about the weights, the posterior p(theta | D): a Gaussian around the weights mu*
 that we use, wide (sigma*) where independent trainings disagree, narrow where they agree. What we would like is the
@@ -68,6 +68,7 @@ from unet import VPSchedule, ddim_sample, load_unet, read_tensors, save_unet
 
 PRESETS = {
     "mnist": {},  # the defaults below
+    "tiny-sd": dict(sd="tiny-sd", forget="red", steps=100, stop_at=12.0, lr=4.0, t_max=900),
 }
 
 
