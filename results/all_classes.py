@@ -34,7 +34,7 @@ def one(job):
     folder = Path(tempfile.mkdtemp()) / "run"
     words = [f"{method}.py", "--forget", k, "--seed", str(seed)]
     command = [sys.executable, str(ROOT / words[0]), *words[1:], "--out", str(folder)]
-    subprocess.run(command, env=env, check=True, capture_output=True, cwd=ROOT)  # where data/ may lie
+    subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)  # where data/ may lie
     metrics = json.loads((folder / "metrics.json").read_text())
     metrics["command"] = shlex.join(["python", *words])  # as one would type it
     metrics["config"]["out"] = ""

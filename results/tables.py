@@ -14,13 +14,21 @@ HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 
 
+def read(folder, pattern="*.json"):
+    """The runs of a folder; they must be of one kind, as one line under the table says for all."""
+    runs = [json.loads(path.read_text()) for path in sorted((HERE / folder).glob(pattern))]
+    kinds = {(run["config"]["steps"], run["machine"], run["amp"]) for run in runs}
+    assert len(kinds) == 1, f"{folder}: runs of several kinds, {kinds}"
+    return runs
+
+
 def spread(values, form):
     return form.format(mean(values)) + (f" ± {form.format(stdev(values))}" if len(values) > 1 else "")
 
 
 def all_classes():
     """One row a forgotten class: mean and standard deviation over seeds, the worst seed beside it."""
-    runs = [json.loads(path.read_text()) for path in sorted((HERE / "ddpm_sfd-mnist").glob("*.json"))]
+    runs = read("ddpm_sfd-mnist")
     lines = [
         "| forgotten | UA, % (worst) | retained accuracy, % (worst) | teacher's | FID (worst) | teacher's | worst ratio | seconds |",
         "|---|---|---|---|---|---|---|---|",
@@ -53,7 +61,7 @@ def all_classes():
 
 def vdu():
     """One row a forgotten class: mean and standard deviation over seeds, the worst seed beside it."""
-    runs = [json.loads(path.read_text()) for path in sorted((HERE / "vdu-mnist").glob("*.json"))]
+    runs = read("vdu-mnist")
     lines = [
         "| forgotten | PUL, % (worst) | u-FID over the teacher's retained images' (worst) | the same, classes alike | over the teacher's u-FID "
         "| confidence, points to the teacher's (worst) | steps | seconds of training |",
@@ -92,7 +100,7 @@ def vdu():
 def concepts():
     """One row a concept: mean and standard deviation over seeds, the worst seed beside it; accuracies beside the
     teacher's."""
-    runs = [json.loads(path.read_text()) for path in sorted((HERE / "sd_sfd-tiny").glob("*.json"))]
+    runs = read("sd_sfd-tiny")
     lines = [
         "| forgotten | UA, % (worst) | near accuracy, % (worst) | teacher's | far accuracy, % (worst) | teacher's | FID (worst) | teacher's | worst ratio | seconds |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -120,7 +128,7 @@ def concepts():
         row(f"**all {len(runs)} runs**", runs),
         "",
         f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; {first['images']:,} pictures a run, {first['images_per_pair']} of each digit in each colour; "
-        f"{first['config']['steps']} steps; machine: {first['machine']}, {first['amp']}. Near: prompts that share a word with the concept. "
+        f"{first['config']['steps']} steps; machine: {first['machine']}, {first['amp']}. Near: prompts that share a word with the concept; teacher: 50 DDIM steps, guidance 4.5, where the generator learned {first['config']['k_teacher']}. "
         f"Made by `python results/all_classes.py sd_sfd`, raw numbers in `results/sd_sfd-tiny/`.",
     ]
     return lines
