@@ -90,6 +90,7 @@ def python(command, cwd, processes=1, **kwargs):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: "slow" not in item.keywords)  # long ones first: with -n 2 the short ones fill the gaps
     for item in items:
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
