@@ -138,7 +138,7 @@ def two_stage():
     """One row a way: mean and standard deviation over seeds."""
     lines = ["| forgetting 0 | UA, % | retained accuracy, % | FID |", "|---|---|---|---|"]
     for way in ("one-stage", "two-stage"):
-        runs = [json.loads(path.read_text()) for path in sorted((HERE / "two-stage").glob(f"{way}-*.json"))]
+        runs = read("two-stage", f"{way}-*.json")
         columns = [("ua", 100, "{:.1f}"), ("retained_accuracy", 100, "{:.1f}"), ("fid", 1, "{:.3f}")]
         cells = [spread([scale * run[key] for run in runs], form) for key, scale, form in columns]
         name = {"one-stage": f"one stage, {runs[0]['total_steps']} steps", "two-stage": "distilled first, as many steps in all"}[way]
