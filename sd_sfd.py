@@ -140,7 +140,7 @@ def fake_score_loss(fake_score, x_g, t, c, nothing, noise, schedule, k1):
     Where c is `nothing` itself, (1, L, D), guidance changes nothing."""
     x_t = schedule.add_noise(x_g, noise, t)  # (D1)
     eps = guided_noise(fake_score, x_t, t, c, k1, nothing)  # (L1)
-    return (noise - eps).square().sum(dim=(1, 2, 3))  # (S2) L_psi = || eps - eps_psi(x_t, t, c) ||^2
+    return (noise - eps).square().sum(dim=(1, 2, 3))  # (S2) L_psi = || eps - eps_psi^k1(x_t, t, c) ||^2
 
 
 def generator_loss(teacher, fake_score, x_g, t, c_teacher, c_fake, nothing_teacher, nothing, noise, schedule, alpha,
