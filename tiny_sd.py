@@ -15,7 +15,8 @@ from concepts import PAIRS, TEMPLATES, ConceptJudge, every_prompt, paint
 from data import mnist
 from eval import draw_concepts, frechet_distance, moments, pool
 from samples import guided_sampler
-from stable_diffusion import Autoencoder, StableDiffusion, TextEncoder, word_tokenizer
+from stable_diffusion import Autoencoder, StableDiffusion
+from text import TextEncoder, word_tokenizer
 from unet import UNet, VPSchedule, write_tensors
 
 AUTOENCODER = dict(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, sample_size=32)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from concepts import every_prompt
-from stable_diffusion import Autoencoder, StableDiffusion, TextEncoder, save_stable_diffusion, word_tokenizer
+from stable_diffusion import Autoencoder, StableDiffusion, save_stable_diffusion
+from text import TextEncoder, word_tokenizer
 from unet import UNet, VPSchedule, save_unet
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at a time: one thread each, or they wait for one another

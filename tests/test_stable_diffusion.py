@@ -21,15 +21,11 @@ import convert
 from stable_diffusion import (
     Autoencoder,
     StableDiffusion,
-    TextEncoder,
-    Tokenizer,
-    byte_pairs,
     load_stable_diffusion,
     read_tokenizer,
     save_stable_diffusion,
-    word_tokenizer,
-    words,
 )
+from text import TextEncoder, Tokenizer, byte_pairs, word_tokenizer, words
 from unet import UNet, VPSchedule, ddim_sample
 
 START, END = "<|startoftext|>", "<|endoftext|>"
