@@ -88,7 +88,7 @@ class Config:
     forget_prompts: str = option("", "file of prompts to forget, one a line, the concept written out or as {}")
     init_generator: str = option("", "two-stage SFD: where theta starts, the generator of a --forget none run")
     init_fake_score: str = option("", "two-stage SFD: where psi starts, the fake score of that run")
-    steps: int = option(150, "training steps, each one update of both networks; official: about 1,000 images", low=0)
+    steps: int = option(200, "training steps, each one update of both networks; official: about 1,000 images", low=0)
     batch_size: int = option(24, "latents of retained prompts a step, over all processes; official: 8", low=1)
     forget_batch_size: int = option(8, "latents of forgotten prompts a step; official: as many", low=1)
     accumulate: int = option(1, "parts that a step's batch is cut into, to save memory", low=1)
