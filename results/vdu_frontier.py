@@ -1,4 +1,5 @@
-"""What each term of VDU is for: u-FID over PUL, as gamma moves, as the covariance goes, as the undesired images go.
+"""What each term of VDU is for, and how far each setting gets: u-FID over PUL, for an easy digit and for two hard ones;
+and how few undesired images will do.
 
 python results/vdu_frontier.py --jobs 2      # into results/vdu-frontier/; what is there already is kept; needs MNIST in data/
 """
@@ -60,62 +61,69 @@ def vdu(words):
     return result
 
 
-def points(forget, images):
-    """Pairs: a name, and the function that makes its JSON. The name says the curve, then the place on it."""
-    common = f"--forget {forget} --eval-images {images}"
-    for n in (1, 10, 100, 0):
-        yield f"images-{n or 'all'}", lambda n=n: vdu(f"{common} --images {n}")
-    for steps in (10, 20, 30):
-        yield f"plasticity-steps{steps}", lambda steps=steps: vdu(f"{common} --gamma 0 --stop-at 0 --steps {steps}")
-    full = f"{common} --stop-at 0 --steps 30"  # no early end: gamma alone decides how far it goes
-    for gamma in args.gammas:
-        yield f"posterior-gamma{gamma}", lambda gamma=gamma: vdu(f"{full} --gamma {gamma}")
-    for lr in (0.01, 0.02, 0.05, 1.0):  # with one width for all weights a step of one sigma is far too long
-        yield f"identity-lr{lr}", lambda lr=lr: vdu(f"{full} --gamma 0.8 --covariance identity --lr {lr}")
-    for steps in (50, 150):
-        yield f"finetune-steps{steps}", lambda steps=steps: fine_tune(forget, steps, images)
+CURVES = {  # what moves along it -> its points: what is written beside them, and the flags of vdu.py
+    "gamma": [(g, f"--stop-at 0 --steps 30 --gamma {g}") for g in (0.5, 0.8, 0.85, 0.9, 0.95)],  # no early end
+    "plasticity": [(steps, f"--stop-at 0 --gamma 0 --steps {steps}") for steps in (10, 20, 30)],
+    "identity": [(lr, f"--stop-at 0 --steps 30 --gamma 0.8 --covariance identity --lr {lr}") for lr in (0.01, 0.02, 0.05, 1.0)],
+    "stop": [(end, f"--stop-at {end}") for end in (1.1, 1.25, 1.5)],
+    "range": [(f"{low}-{high}", f"--t-min {low} --t-max {high}") for low, high in ((100, 300), (200, 450), (450, 750))],
+    "bound": [("", "--weighting bound --t-min 0 --t-max 1000")],
+    "adam": [(lr, f"--optimizer adam --lr {lr}") for lr in ("1e-5", "1e-4")],
+    "finetune": [(steps, steps) for steps in (50, 150)],
+}
+LEGEND = {"gamma": "gamma moves, 30 steps", "plasticity": "plasticity alone (gamma 0), steps move",
+          "identity": "identity covariance, length of a step moves", "stop": "the default; its early end moves",
+          "range": "the default on other steps t", "bound": "weights of the DDPM bound, all t", "adam": "Adam, its rate moves",
+          "finetune": "fine-tuning on all retained images, steps move"}
+FEW = (1, 10, 100, 0)  # undesired images at hand; 0: all
 
 
-def make(name, function):
-    target = OUT / f"forget{args.forget}-{name}.json"
+def point(forget, name, flags):
+    """The JSON of one run, from disk if it is there."""
+    target = OUT / f"forget{forget}-{name}.json"
     if not target.exists():
-        target.write_text(json.dumps(function(), indent=2) + "\n")
+        common = f"--forget {forget} --eval-images {args.eval_images}"
+        result = fine_tune(forget, flags, args.eval_images) if "finetune" in name else vdu(f"{common} {flags}")
+        target.write_text(json.dumps(result, indent=2) + "\n")
     result = json.loads(target.read_text())
     if result["images"] != args.eval_images:
         sys.exit(f"{target} is of {result['images']} images; move it away")
-    ratio = result["u_fid"] / result["teacher_fid"]
-    print(f"{name}: PUL {result['pul']:.1%}, u-FID {ratio:.2f} times the teacher's", flush=True)
-    return name, result["pul"], ratio
+    print(f"{target.stem}: PUL {result['pul']:.1%}, u-FID {result['u_fid']:.2f} (teacher {result['teacher_u_fid']:.2f}, "
+          f"without the digit {result['teacher_fid']:.2f}), confidence {result['confidence']:.1%}", flush=True)
+    return result
 
 
-def draw(rows):
-    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
-    frontier, sweep = figure.subplots(1, 2)
-    curves = {"posterior": "VDU, gamma moves", "identity": "identity covariance, length of a step moves",
-              "plasticity": "plasticity alone (gamma 0), steps move", "finetune": "fine-tuning on all retained images"}
-    for curve, label in curves.items():
-        mine = [(pul, ratio, name) for name, pul, ratio in rows if name.startswith(curve)]
-        frontier.plot([100 * p for p, _, _ in mine], [r for _, r, _ in mine], "o-", label=label)
-        for p, r, name in mine:
-            frontier.annotate(name.split("-")[1].removeprefix("gamma").removeprefix("steps").removeprefix("lr"), (100 * p, r), fontsize=7)
-    frontier.set(xlabel="PUL, %", ylabel="u-FID over the teacher's", yscale="log", title=f"forgetting {args.forget}")
-    frontier.legend(fontsize=8)
-    mine = [(name.removeprefix("images-"), pul, ratio) for name, pul, ratio in rows if name.startswith("images-")]
-    places = range(len(mine))
-    sweep.bar([i - 0.2 for i in places], [100 * p for _, p, _ in mine], 0.4, label="PUL, %", color="tab:blue")
-    sweep.set_xticks(places, [name for name, _, _ in mine])
-    sweep.set(xlabel="undesired images at hand", ylabel="PUL, %", ylim=(0, 105), title="how few will do")
+def draw(results):
+    """One panel for each digit, and one for the number of undesired images. results: (digit, name) -> dict."""
+    figure = matplotlib.figure.Figure(figsize=(11, 9), layout="constrained")
+    *panels, sweep = figure.subplots(2, 2).flat
+    for axes, forget in zip(panels, args.forget):
+        for n, (curve, places) in enumerate(CURVES.items()):
+            mine = [(label, results[forget, f"{curve}-{label}"]) for label, _ in places]
+            x, y = [100 * r["pul"] for _, r in mine], [r["u_fid"] for _, r in mine]
+            axes.plot(x, y, "D" if curve == "range" else "o-", markersize=5, color=f"C{n}", label=LEGEND[curve])
+            for (label, _), *at in zip(mine, x, y):
+                axes.annotate(label, at, xytext=(3, 3), textcoords="offset points", fontsize=7, color=f"C{n}")
+        teacher = results[forget, "stop-1.25"]
+        axes.axhline(teacher["teacher_u_fid"], color="0.3", linewidth=1, linestyle="--", label="the teacher's images, all of them")
+        axes.axhline(teacher["teacher_fid"], color="0.3", linewidth=1, linestyle=":", label="the same without the digit")
+        axes.set(xlabel="PUL, %", ylabel="u-FID", yscale="log", title=f"forgetting {forget}")
+    few = [results[args.forget[0], f"images-{n or 'all'}"] for n in FEW]
+    places = range(len(few))
+    sweep.bar([i - 0.2 for i in places], [100 * r["pul"] for r in few], 0.4, color="tab:blue")
+    sweep.set_xticks(places, [n or "all" for n in FEW])
+    sweep.set(xlabel="undesired images at hand", ylabel="PUL, %, blue", ylim=(0, 105), title=f"forgetting {args.forget[0]}: how few will do")
     other = sweep.twinx()
-    other.bar([i + 0.2 for i in places], [r for _, _, r in mine], 0.4, color="tab:orange")
-    other.set_ylabel("u-FID over the teacher's (orange)")
-    figure.savefig(ROOT / "results" / "vdu_frontier.png", dpi=100, metadata={"Software": None})
+    other.bar([i + 0.2 for i in places], [r["u_fid"] for r in few], 0.4, color="tab:orange")
+    other.set_ylabel("u-FID, orange")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    figure.savefig(ROOT / "results" / "vdu_frontier.png", dpi=90, metadata={"Software": None})
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--forget", type=int, default=1)
+    parser.add_argument("--forget", type=int, nargs=3, default=[1, 2, 9], help="three digits; the sweep is of the first")
     parser.add_argument("--eval-images", type=int, default=500)
-    parser.add_argument("--gammas", type=float, nargs="+", default=[0.5, 0.8, 0.85, 0.9, 0.95])
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
@@ -123,5 +131,8 @@ if __name__ == "__main__":
         threads = max(1, os.cpu_count() // args.jobs)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
+    jobs = [(args.forget[0], f"images-{n or 'all'}", f"--images {n}") for n in FEW]
+    jobs += [(forget, f"{curve}-{label}", flags) for forget in args.forget for curve, places in CURVES.items()
+             for label, flags in places]
     with ThreadPoolExecutor(args.jobs) as pool:
-        draw(list(pool.map(lambda job: make(*job), points(args.forget, args.eval_images))))
+        draw({job[:2]: result for job, result in zip(jobs, pool.map(lambda job: point(*job), jobs))})
