@@ -57,7 +57,8 @@ def refusing(what=""):
 
 
 def option(default, help, **rules):
-    """A field of a Config. rules: low and high (inclusive limits of a number), choices."""
+    """A field of a Config. rules: low and high (inclusive limits of a number), choices, nargs, and what then stands
+    between the words (joint; a comma if not given), positional."""
     return dataclasses.field(default=default, metadata={"help": help, **rules})
 
 
@@ -70,7 +71,7 @@ def number(kind, low=None, high=None):
     """A parser of whole numbers (kind int) or numbers (float) from `low` to `high`, for argparse."""
     def parse_number(text):
         value = kind(text)  # a ValueError here is argparse's to report
-        if not math.isfinite(value):
+        if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"must be finite, not {text}")
         if low is not None and value < low:
             raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
@@ -107,13 +108,15 @@ def parse(Config, doc, presets=None, argv=None):
     argv, fields, defaults = sys.argv[1:] if argv is None else argv, dataclasses.fields(Config), {}
     if presets and not {"-h", "--help"} & set(argv):
         first = OneLineParser(allow_abbrev=False, add_help=False)
-        add_flag(first, fields[0], fields[0].default)
+        for field in fields:
+            add_flag(first, field, field.default)
         defaults = presets[getattr(first.parse_known_args(argv)[0], fields[0].name)]
     parser = OneLineParser(allow_abbrev=False, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields:
         add_flag(parser, field, defaults.get(field.name, field.default))
     values = vars(parser.parse_args(argv))
-    return Config(**{k: ",".join(v) if isinstance(v, list) else v for k, v in values.items()})
+    joint = {field.name: field.metadata.get("joint", ",") for field in fields}
+    return Config(**{k: joint[k].join(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 # ---------------------------------------------------------------------------- machine
@@ -125,7 +128,10 @@ def choose_device(name):
         refuse("--device cuda: this machine shows no CUDA GPU; use --device cpu or auto")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if rank >= gpus:
+        refuse(f"process {rank + 1} has no GPU of its own, there are {gpus}; start as many, or use --device cpu")
+    return torch.device("cuda", rank)
 
 
 def choose_amp(name, device):
@@ -229,9 +235,9 @@ class Run:
     Run; `rank` 0 alone writes. Leaves with status 2 when the folder is not this run's to write in.
     """
 
-    def __init__(self, config, folder):
+    def __init__(self, config, folder, may_change=MAY_CHANGE):
         self.clock = time.perf_counter()
-        self.config, self.folder = config, Path(config.out or folder)
+        self.config, self.folder, self.may_change = config, Path(config.out or folder), may_change
         self.device = choose_device(config.device)
         self.dtype = choose_amp(config.amp, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -240,6 +246,11 @@ class Run:
         self.curves, self.seconds, self.bar = {}, 0.0, None
         self.enough = False  # set it in the loop (in every process) to make the present step the last one
         self.settings = dataclasses.asdict(config)
+        parts = self.world * getattr(config, "accumulate", 1)
+        for name in ("batch_size", "forget_batch_size"):
+            if getattr(config, name, 0) % parts:
+                refuse(f"--{name.replace('_', '-')} {getattr(config, name)} must be a multiple of {parts}: processes, "
+                       f"{self.world}, times the parts that each cuts it into, {parts // self.world}")
         if self.rank == 0:
             self.claim_folder()
         if self.device.type == "cuda":
@@ -263,7 +274,9 @@ class Run:
         if saved.exists():
             with refusing(f"{saved} is not a run's: "):
                 before = json.loads(saved.read_text())
-            changed = [k for k in self.settings if k not in MAY_CHANGE and before.get(k) != self.settings[k]]
+                if not isinstance(before, dict):
+                    raise ValueError("it holds no settings")
+            changed = [k for k in self.settings if k not in self.may_change and before.get(k) != self.settings[k]]
             if changed:
                 k = changed[0]
                 refuse(f"{folder} holds a run with {k} {before.get(k)!r}, not {self.settings[k]!r}; give another --out")
@@ -311,7 +324,7 @@ class Run:
         finite = torch.stack([total, *torch._foreach_norm(gradients)]).isfinite()
         if not finite[0]:
             self.stop(name)
-        if not finite.all() and not self.scaler.is_enabled():
+        if not finite.all() and (not self.scaler.is_enabled() or self.scaler.get_scale() < 1):  # no mere overflow
             self.stop(f"the gradient of {name}")
         if clip_value:
             torch.nn.utils.clip_grad_value_(network.parameters(), clip_value)
@@ -400,10 +413,12 @@ class Run:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             for name, thing in self.state.items():
                 thing.load_state_dict(saved["state"][name])
-            random = saved["random"][self.rank]
+            random = saved["random"][self.rank % len(saved["random"])]
         except Exception as error:  # whatever a damaged or foreign pickle raises
             reason = str(error).splitlines()[0]
             refuse(f"--resume: {path} is not a whole checkpoint of this run ({type(error).__name__}: {reason})")
+        if len(saved["random"]) != self.world:
+            refuse(f"--resume: {path} is of {len(saved['random'])} process(es); go on with as many, not {self.world}")
         if saved["scaler"]:  # empty but for fp16, and a run may go on on another device
             self.scaler.load_state_dict(saved["scaler"])
         self.curves, self.seconds, self.enough = saved["curves"], saved["seconds"], saved["enough"]

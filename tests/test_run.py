@@ -265,6 +265,58 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_the_step(tmp
     assert torch.equal(before, net.weight.data)
 
 
+@pytest.mark.parametrize("scale, stops", [(65536.0, False), (0.5, True)])
+def test_with_fp16_an_overflow_is_skipped_but_a_gradient_that_is_never_finite_stops_the_run(tmp_path, scale, stops):
+    run = Run(Config(out=str(tmp_path / "run")), "")
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=scale)  # which halves its scale at each overflow
+    net = torch.nn.Linear(2, 1)
+    before, steps = net.weight.data.clone(), run.loop({})
+    next(steps)
+
+    def update():
+        run.update("loss", Root.apply(net.weight).sum(), net, torch.optim.SGD(net.parameters(), lr=1.0))
+
+    if stops:
+        with pytest.raises(SystemExit):
+            update()
+    else:
+        update()
+        assert run.scaler.get_scale() == scale / 2
+    assert torch.equal(before, net.weight.data)
+
+
+def test_a_checkpoint_of_other_processes_is_refused(tmp_path, capsys):
+    config = Config(out=str(tmp_path / "run"))
+    list(Run(config, "").loop({"net": torch.nn.Linear(2, 2)}))
+    path = tmp_path / "run/checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["random"] *= 2
+    torch.save(saved, path)
+    with pytest.raises(SystemExit) as leaving:
+        list(Run(Config(out=config.out, resume=True), "").loop({"net": torch.nn.Linear(2, 2)}))
+    assert leaving.value.code == 2 and "is of 2 process(es); go on with as many, not 1" in capsys.readouterr().err
+
+
+def test_processes_that_cannot_share_are_refused_before_a_folder_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    config = Config(out=str(tmp_path / "run"))
+    config.batch_size, config.accumulate = 32, 2
+    with pytest.raises(SystemExit) as leaving:
+        Run(config, "")
+    assert leaving.value.code == 2 and "--batch-size 32 must be a multiple of 6" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for rank, fits in (("0", True), ("1", False)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        if fits:
+            assert housekeeping.choose_device("auto") == torch.device("cuda", 0)
+        else:
+            with pytest.raises(SystemExit) as leaving:
+                housekeeping.choose_device("auto")
+            assert leaving.value.code == 2 and "process 2 has no GPU of its own" in capsys.readouterr().err
+
+
 def test_precision_is_detected_not_assumed(monkeypatch):
     cpu = torch.device("cpu")
     for supported, expected in ((True, torch.bfloat16), (False, None)):
