@@ -20,7 +20,8 @@ runs/pretrain-<what>/. Copy both to weights/ before the next command; that is wh
 import copy
 import json
 import math
-from dataclasses import dataclass
+import os
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ from metrics import (
     pool,
     precision_recall,
 )
-from run import Run, checksum, commit, machine, option, parse, refusing, write_json
+from run import MAY_CHANGE, Run, checksum, commit, machine, option, parse, refuse, refusing, write_json
 from samples import balanced_labels, generate, unconditional_sampler
 from stable_diffusion import Autoencoder, load_stable_diffusion, save_stable_diffusion
 from unet import UNet, VPSchedule, ddim_sample, load_unet, read_tensors, save_unet, weights_path, write_tensors
@@ -57,6 +58,9 @@ TEACHERS = {  # what -> the configuration of its U-Net, and its images
 
 # ---------------------------------------------------------------------------- config
 
+DATA = {"mnist": "MNIST", "tiny": "MNIST, painted in six colours", "cifar10": "CIFAR-10", "stl10": "STL-10"}
+ALONE = {"mnist-classifier", "cifar10-classifier", "stl10-classifier", "mnist-statistics", "tiny-sd-autoencoder",
+         "tiny-sd", "tiny-sd-posterior"}  # what is made in one process
 BEGINNING = "runs/pretrain-mnist-unconditional/mnist-unconditional.safetensors"
 AUTOENCODER = "runs/pretrain-tiny-sd-autoencoder/tiny-sd-autoencoder.safetensors"
 PRESETS = {
@@ -105,21 +109,24 @@ class Config:
     )
     compile: bool = option(False, "torch.compile the network: minutes at the start, then faster steps on a GPU")
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
-    seed: int = option(0, "seed of everything random", low=0)
+    seed: int = option(0, "seed of everything random", low=0, high=10**12)
     out: str = option("", "run folder, runs/pretrain-<what> if not given")
     resume: bool = option(False, "go on from the checkpoint in the run folder")
     save_every: int = option(1000, "steps between checkpoints", low=1)
 
 
 def make_card(run, path, **facts):
-    """The card of a file in weights/: what it is, how it was made, what it scores, its checksum."""
+    """The card of a file in weights/: what it is, how it was made, what it scores, its checksum. The command is what
+    makes it again: the flags that differ from the preset's settings, but for places."""
     settings = {k: v for k, v in run.settings.items() if k not in ("data", "out", "resume", "snapshots", "device")}
+    usual = asdict(Config(run.config.what)) | PRESETS[run.config.what]
+    flags = [f"--{k.replace('_', '-')} {v}" for k, v in settings.items() if v != usual[k] and k != "save_every"]
     return {
         "file": path.name,
         "sha256": checksum(path),
         "bytes": path.stat().st_size,
-        "data": run.config.what.split("-")[0],
-        "command": f"python pretrain.py {run.config.what}",
+        "data": DATA.get(run.config.what.split("-")[0]),
+        "command": f"python pretrain.py {' '.join([run.config.what, *flags])}",
         **facts,
         "seconds": round(run.elapsed()),
         "machine": machine(run.device),
@@ -333,7 +340,7 @@ def train_classifier(config, run):
     classifier = run.prepare(network().to(run.device).train())
     if config.what == "mnist-classifier":
         optimizer, smoothing = torch.optim.AdamW(classifier.parameters(), lr=config.lr, weight_decay=0.02), 0.05
-        lr = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps)
+        lr = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=max(1, config.steps))
     else:
         settings = dict(lr=config.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
         optimizer, smoothing = torch.optim.SGD(classifier.parameters(), **settings), 0.0
@@ -486,7 +493,7 @@ def make_tiny_sd(config, run):
     parts = {"text_encoder": sd.text_encoder, "vae": sd.vae, "unet": sd.unet}
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     write_json(folder / "card.json", make_card(
-        run, folder / "unet" / "diffusion_pytorch_model.safetensors", data="MNIST, painted in six colours",
+        run, folder / "unet" / "diffusion_pytorch_model.safetensors",
         what="text-to-image model of coloured digits, in Stable Diffusion's layout", steps=config.steps,
         parameters=parameters, scores=scores))
     print(json.dumps(scores, indent=2))
@@ -506,12 +513,18 @@ def make_tiny_posterior(config, run):
 
 # ---------------------------------------------------------------------------- main
 
-if __name__ == "__main__":
-    config = parse(Config, __doc__, PRESETS)
+
+def main(config):
+    if config.what in ALONE and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        refuse(f"{config.what} is made in one process; run it without torchrun")
+    if config.what.endswith("-posterior") and config.steps < config.checkpoints:
+        refuse(f"--steps {config.steps}: each of --checkpoints {config.checkpoints} networks needs one at least")
     with refusing("--data: "):  # before anything is written
         what = config.what.removesuffix("-posterior").removesuffix("-classifier")
         TEACHERS.get(what, TEACHERS["mnist"])[1](config.data)
-    run = Run(config, f"runs/pretrain-{config.what}")
+    # whose rate, or whose networks, depend on how many steps there are: they cannot go on to more
+    fixed = config.what.endswith(("-posterior", "-classifier"))
+    run = Run(config, f"runs/pretrain-{config.what}", may_change=MAY_CHANGE - {"steps"} if fixed else MAY_CHANGE)
     make = {
         **dict.fromkeys(TEACHERS, train_teacher),
         **dict.fromkeys(("mnist-posterior", "cifar10-posterior"), train_posterior),
@@ -523,3 +536,7 @@ if __name__ == "__main__":
     }
     make[config.what](config, run)
     run.finish({})
+
+
+if __name__ == "__main__":
+    main(parse(Config, __doc__, PRESETS))

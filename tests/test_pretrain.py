@@ -11,7 +11,7 @@ import pretrain
 from data import mnist
 from features import load_classifier, load_statistics, look
 from pretrain import jitter, without_classes
-from run import Run, checksum
+from run import Run, checksum, parse
 from unet import load_unet
 from vdu import read_posterior
 
@@ -162,6 +162,35 @@ def test_shipped_cards_tell_the_truth(path):
     assert {"command", "data", "seconds", "machine", "commit", "what"} <= set(card)
 
 
+@pytest.mark.parametrize("card, weights", [("card", "unet/diffusion_pytorch_model"), ("posterior", "posterior")])
+def test_the_cards_of_the_tiny_model_tell_the_truth(card, weights):
+    folder = ROOT / "weights/tiny-sd"
+    facts = json.loads((folder / f"{card}.json").read_text())
+    assert facts["sha256"] == checksum(folder / f"{weights}.safetensors")
+    assert {"command", "data", "seconds", "machine", "commit", "what"} <= set(facts)
+
+
+def test_a_card_names_the_flags_that_made_it(tmp_path):
+    config = pretrain.Config(**{"what": "mnist"} | pretrain.PRESETS["mnist"] | {"steps": 7, "out": str(tmp_path / "run"), "device": "cpu"})
+    (tmp_path / "x").write_bytes(b"1")
+    card = pretrain.make_card(Run(config, ""), tmp_path / "x")
+    assert card["command"] == "python pretrain.py mnist --steps 7" and card["data"] == "MNIST"
+
+
+@pytest.mark.parametrize("words, processes, message", [
+    ("mnist-classifier", 2, "is made in one process"),
+    ("mnist-posterior --steps 3", 1, "--steps 3: each of --checkpoints 5"),
+    ("--steps -1 mnist-classifier", 1, "must be at least 0"),  # flags may come first
+])
+def test_what_cannot_be_made_so_is_refused_before_anything_is_read(words, processes, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(SystemExit) as leaving:
+        pretrain.main(parse(pretrain.Config, "", pretrain.PRESETS, [*words.split(), "--data", str(tmp_path)]))
+    said = capsys.readouterr().err
+    assert leaving.value.code == 2 and message in said and len(said.strip().splitlines()) == 1
+    assert not any(tmp_path.iterdir())
+
+
 def test_shipped_weights_are_small_and_good_enough():
     names = {"mnist", "mnist-classifier", "mnist-statistics", "mnist-unconditional", "mnist-unconditional-posterior"}
     assert {p.stem for p in cards()} == names
@@ -191,4 +220,4 @@ def test_a_colour_teacher_trains_with_flips_and_a_constant_rate(tmp_path, monkey
     assert {10} < set(torch.cat([c for _, c in seen]).tolist())  # labels, and "none"
     assert run.state["optimizer"].param_groups[0]["lr"] == config.lr
     card = json.loads((tmp_path / "run/cifar10.json").read_text())
-    assert card["data"] == "cifar10" and load_unet(tmp_path / "run/cifar10.safetensors").num_classes == 10
+    assert card["data"] == "CIFAR-10" and load_unet(tmp_path / "run/cifar10.safetensors").num_classes == 10
