@@ -15,7 +15,8 @@ The source is recognised by what is in it:
         4 items    model, optimizer, step, EMA
         5 items    fake score, its optimizer, generator, its optimizer, step
         6 items    fake score, its optimizer, generator, its optimizer, step, EMA of the generator
-    a UNet2DModel of diffusers: a folder with config.json (or unet/config.json), or the .safetensors or .bin beside it
+    a UNet2DModel of diffusers: a folder with config.json (or unet/config.json), or the .safetensors or .bin beside it;
+        Stable Diffusion 1's UNet2DConditionModel likewise
     a .safetensors file of ours: checked, and written again
 
 How it works. The configuration is read off the shapes of the tensors, or from config.json. The U-Net of that
@@ -27,6 +28,7 @@ code when they are read; with `weights_only`, tensors and plain containers are a
 """
 
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -307,9 +309,13 @@ def diffusers_settings(theirs, image_size):
 
 
 def read_diffusers(config, tensors, file):
-    """(U-Net, what was found) of a UNet2DModel's tensors and its configuration."""
+    """(U-Net, what was found) of the tensors of a UNet2DModel or a UNet2DConditionModel, and its configuration."""
     try:
-        settings = diffusers_settings(json.loads(file.read_text()), config.image_size)
+        theirs = json.loads(file.read_text())
+        if theirs.get("_class_name") == "UNet2DConditionModel":  # Stable Diffusion's
+            found = {"container": "UNet2DConditionModel of diffusers", "tensors": len(tensors)}
+            return text_unet(tensors, theirs), found
+        settings = diffusers_settings(theirs, config.image_size)
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"its {file.name} describes no UNet2DModel: {error!r}") from None
     except ValueError as error:
@@ -377,7 +383,7 @@ def download(url, path):
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, seen = path.with_name(path.name + ".part"), hashlib.sha256()
+    part, seen = path.with_name(f"{path.name}.{os.getpid()}.part"), hashlib.sha256()  # other processes fetch it too
     try:
         with urllib.request.urlopen(url, timeout=30) as answer, open(part, "wb") as file:
             length = int(answer.headers.get("Content-Length") or 0)
@@ -391,7 +397,7 @@ def download(url, path):
         if digits and seen.hexdigest() != digits.lower():
             raise OSError(f"{url} has the SHA-256 {seen.hexdigest()}, not {digits}")
         os.replace(part, path)
-    except OSError as error:  # HTTP and connection errors are OSErrors
+    except (OSError, http.client.HTTPException) as error:  # what urllib raises is an OSError, mostly
         raise OSError(str(error) if url in str(error) else f"{url}: {error}") from None
     finally:
         part.unlink(missing_ok=True)
@@ -419,7 +425,8 @@ def load_teacher(source):
     read, without a copy being written. ValueError or OSError when it is none."""
     found = fetch(source)
     shipped = (WEIGHTS / f"{found}.safetensors").is_file()
-    if found == str(source) and (shipped or found.endswith(".safetensors") or not Path(found).exists()):
+    ours = str(found).endswith(".safetensors") and not (Path(found).parent / "config.json").is_file()
+    if found == str(source) and (shipped or ours or not Path(found).exists()):
         return load_unet(found)  # or says what would be right
     path = locate(Path(found))
     unet, facts = read(Config(str(found)), path)

@@ -350,7 +350,7 @@ def test_the_hubs_cifar10_network(tmp_path):
 
 
 @pytest.mark.parametrize("setting, value", [
-    ("_class_name", "UNet2DConditionModel"), ("freq_shift", 0), ("freq_shift", None), ("flip_sin_to_cos", True),
+    ("_class_name", "UNet3DConditionModel"), ("freq_shift", 0), ("freq_shift", None), ("flip_sin_to_cos", True),
     ("flip_sin_to_cos", None), ("norm_eps", 1e-5), ("norm_eps", None), ("downsample_padding", 1),
     ("downsample_padding", None), ("attention_head_dim", 8), ("attention_head_dim", None), ("center_input_sample", True),
     ("time_embedding_type", "fourier"), ("time_embedding_dim", 100), ("mid_block_type", "UNetMidBlock2DCrossAttn"),
@@ -403,9 +403,11 @@ def stable_diffusion_unet(**change):
     return theirs, json.loads(theirs.to_json_string())
 
 
-def test_stable_diffusions_unet_and_back():
+def test_stable_diffusions_unet_and_back(tmp_path):
     theirs, config = stable_diffusion_unet()
-    ours = convert.text_unet(theirs.state_dict(), config)
+    source = folder(tmp_path / "sd" / "unet", config, theirs.state_dict())
+    run(source.parent, tmp_path / "out.safetensors")  # a whole model's folder
+    ours = load_unet(tmp_path / "out.safetensors")
     x, t, text = torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999]), torch.randn(3, 7, 12)
     with torch.no_grad():
         expected = theirs(x, t, text).sample
