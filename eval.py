@@ -36,16 +36,18 @@ then need a classifier (`pretrain.py cifar10-classifier`), and the teacher's num
 
 from collections import Counter
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
-from concepts import PAIRS, TEMPLATES, ConceptJudge, every_prompt, fill, shown
+from concepts import PAIRS, TEMPLATES, ConceptJudge, check_drawn, every_prompt, fill, shown
 from convert import load_teacher
 from data import mnist
 from features import Judge, load_classifier, look  # noqa: F401 (for the notebooks, too)
 from inception import evaluate_inception, load_inception, real_reference
 from metrics import (
     as_classes,
+    balanced_distance,
     class_accuracies,
     class_moments,
     frechet_distance,
@@ -144,22 +146,18 @@ def evaluate_unconditional(sample, judge, forget, n=2000, teacher=None, teacher_
         before = class_moments(its_features, its_probabilities.argmax(1))
         confidence = mean_confidence(its_probabilities)
 
-    def balanced(means, covariances, counts):
-        real_means, real_covariances, _ = judge.statistics["train"]
-        return frechet_distance(*pool(means[kept], covariances[kept]), *pool(real_means[kept], real_covariances[kept]))
-
     after = class_moments(features, probabilities.argmax(1))
     real = pool(*(x[kept] for x in judge.statistics["train"]))
     n_before, n_after = int(before[2][forget].sum()), int(counts[forget].sum())
     return {
-        "pul": percent_unlearned(n_before, n_after),
+        "pul": percent_unlearned(n_before, n_after) if n_before else None,  # None: there was nothing to forget
         "n_before": n_before,
         "n_after": n_after,
         "u_fid": frechet_distance(*pool(*after), *real),
         "teacher_fid": frechet_distance(*pool(*(x[kept] for x in before)), *real),
         "teacher_u_fid": frechet_distance(*pool(*before), *real),
-        "balanced_fid": balanced(*after),
-        "teacher_balanced_fid": balanced(*before),
+        "balanced_fid": balanced_distance(after, judge.statistics["train"], kept),
+        "teacher_balanced_fid": balanced_distance(before, judge.statistics["train"], kept),
         "real_test_fid": frechet_distance(*pool(*(x[kept] for x in judge.statistics["test"])), *real),
         "confidence": mean_confidence(probabilities),
         "teacher_confidence": confidence,
@@ -201,7 +199,8 @@ def evaluate_concept(sample, sd, judge, concept, per_pair, seed, teacher, nfe=1)
     """What a network still draws of a concept ("three", "red", "red three"; "" for none) and of all others.
 
     sample: (z, c, noise) -> pictures. judge: a ConceptJudge. teacher: its features (N, 131), digits, colours and pairs,
-    as `pretrain.py tiny-sd` keeps them; they stand beside each number. Returns a dictionary for metrics.json:
+    as `pretrain.py tiny-sd` keeps them, from the same noise; they stand beside each number. Returns a dictionary for
+    metrics.json:
 
     ua                 share of pictures asked for with the concept that do not show it
     became             what they show instead: the three most frequent, and their shares
@@ -211,6 +210,7 @@ def evaluate_concept(sample, sd, judge, concept, per_pair, seed, teacher, nfe=1)
     fid                of all other pictures, against real ones painted in these colours
     """
     pictures, pairs, seconds = draw_concepts(sample, sd, per_pair, seed, judge.device, "to judge")
+    teacher = [x[: len(pairs)] for x in teacher]  # as many of each pair, for FID depends on how many; 20 at most
     means, covariances = judge.real_moments()
     asked = torch.tensor([bool(concept) and shown(*pair, concept) for pair in PAIRS])
     near = torch.tensor([any(shown(*pair, word) for word in concept.split()) for pair in PAIRS]) & ~asked
@@ -234,7 +234,8 @@ def evaluate_concept(sample, sd, judge, concept, per_pair, seed, teacher, nfe=1)
 
     return numbers(*judge(pictures), pairs) | {f"teacher_{k}": v for k, v in numbers(*teacher).items()} | {
         "nfe": nfe, "seconds_per_1000": 1000 * seconds / len(pictures), "images_per_pair": per_pair,
-        "images": len(pictures), "evaluation_seed": seed, "teacher_sampler": "DDIM, 50 steps, guidance 4.5",
+        "images": len(pictures), "teacher_images": len(teacher[-1]), "evaluation_seed": seed,
+        "teacher_sampler": "DDIM, 50 steps, guidance 4.5",
         "features": "penultimate layer of mnist-classifier on the brightest channel, 128; mean ink, 3",
         "reference": "MNIST, training images, as painted in the colours of the retained prompts",
         "preprocessing": "clipped to [-1, 1], rounded to 8 bits"}
@@ -267,7 +268,8 @@ def table(result):
         return "\n".join(f"{name:>26}  {value}" for name, value in rows)
     if "pul" in result:
         counts = f"{result['n_before']} before, {result['n_after']} after, of {result['images']:,} images"
-        rows = [("PUL (forgotten class gone)", f"{result['pul']:.2%}   ({counts})")]
+        pul = "not defined" if result["pul"] is None else f"{result['pul']:.2%}"
+        rows = [("PUL (forgotten class gone)", f"{pul}   ({counts})")]
     if "u_fid" in result:
         rows += [
             ("u-FID", f"{result['u_fid']:.3f}   (teacher's retained images {result['teacher_fid']:.3f}, all its images "
@@ -288,7 +290,9 @@ def table(result):
         others = [f"{k}: {v:.1%}" for k, v in result["class_accuracy"].items() if k not in result.get("became", {})]
         rows += [("retained accuracy", with_teacher("retained_accuracy", "{:.2%}")), ("by class", "  ".join(others))]
     if "fid" in result:
-        floor = f", real test images {result['real_test_fid']:.3f}"
+        its = result["teacher_images_per_class"]  # at another number of images FIDs do not quite compare
+        floor = f" at {its} a class" if its != result["images_per_class"] else ""
+        floor += f", real test images {result['real_test_fid']:.3f}"
         rows += [("FID on retained classes", with_teacher("fid", "{:.3f}", floor))]
     for name in ("precision", "recall"):
         if name in result:
@@ -330,8 +334,16 @@ class Config:
     statistics: str = option("mnist-statistics", "shipped name or file")
     batch_size: int = option(250, "images at a time; changes no number", low=1)
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
-    seed: int = option(0, "seed of the noise", low=0)
+    seed: int = option(0, "seed of the noise", low=0, high=10**12)
     out: str = option("", "JSON file to write the numbers to")
+
+
+def choose_kind(config, unet):
+    """The kind of sampler that --sampler says; ValueError if that is one-step and the network no generator."""
+    kind = config.sampler if config.sampler != "auto" else "one-step" if "t_init" in unet.card else "ddim"
+    if kind == "one-step" and "t_init" not in unet.card:
+        raise ValueError(f"--sampler one-step: {config.checkpoint} is no distilled generator (its card has no t_init)")
+    return kind
 
 
 def show(config, result, forget, kind, device):
@@ -343,17 +355,16 @@ def show(config, result, forget, kind, device):
 
 def main_of_concepts(config, unet, device):
     """The command, for a network of the tiny text-to-image model."""
-    kind = config.sampler if config.sampler != "auto" else "one-step" if "t_init" in unet.card else "ddim"
     with refusing():
+        kind = choose_kind(config, unet)
         sd = load_stable_diffusion(unet.card.get("sd", "tiny-sd")).to(device)
         concept = unet.card.get("forget", "none") if config.forget == "auto" else config.forget.replace(",", " ")
         if sd.unet.config != unet.config or sd.unet.image_shape != (4, 8, 8):
             raise ValueError(f"{config.checkpoint} is no network of the tiny model: its pictures cannot be read")
-        if concept != "none" and not any(shown(*pair, concept) for pair in PAIRS):
-            raise ValueError(f"--forget {concept}: the tiny model draws digits (three) in colours (red)")
-        if kind == "ancestral" or (kind == "one-step" and "t_init" not in unet.card):
-            raise ValueError(f"--sampler {kind}: {config.checkpoint} can be sampled with ddim" +
-                             (" or one-step" if "t_init" in unet.card else ""))
+        if concept != "none":
+            check_drawn(concept)
+        if kind == "ancestral":
+            raise ValueError("--sampler ancestral is for images; the tiny model's latents are sampled with ddim")
         teacher = load_concept_statistics()
     with torch.no_grad():
         nothing = sd.embed([""])
@@ -370,17 +381,11 @@ def main_of_concepts(config, unet, device):
     show(config, result, concept, kind, device)
 
 
-def choose_sampler(config, unet, schedule):
-    """(sampler, network calls an image, its kind) as --sampler says; ValueError if the network cannot be sampled so."""
-    kind = config.sampler if config.sampler != "auto" else "one-step" if "t_init" in unet.card else "ddim"
-    if kind == "one-step" and "t_init" not in unet.card:
-        raise ValueError(f"--sampler one-step: {config.checkpoint} is no distilled generator (its card has no t_init)")
-    return *sampler_of(unet, schedule, kind, config.steps, config.eta, config.guidance or 1.0), kind
-
-
 def main(config):
     device = choose_device(config.device)
     with refusing():
+        if not Path(config.out).parent.is_dir():
+            raise ValueError(f"--out {config.out}: there is no folder {Path(config.out).parent}; make it first")
         unet = load_unet(config.checkpoint).to(device)
     if unet.text_dim is not None:
         return main_of_concepts(config, unet, device)
@@ -395,8 +400,11 @@ def main(config):
         forget = parse_classes(said if config.forget == "auto" else config.forget, 10)
         if forget:
             check_forget(forget)
-        sample, nfe, kind = choose_sampler(config, unet, schedule)
+        kind = choose_kind(config, unet)
+        sample, nfe = sampler_of(unet, schedule, kind, config.steps, config.eta, config.guidance or 1.0)
         source = config.teacher or ("" if on_inception else unet.card.get("teacher", ""))
+        if source is None:
+            raise ValueError(f"{config.checkpoint} began at the mean of several networks; name one with --teacher")
         teacher = load_teacher(source).to(device) if source else None
         if teacher and (teacher.image_shape, teacher.num_classes) != (unet.image_shape, unet.num_classes):
             raise ValueError(f"--teacher {source} draws {teacher.num_classes or 'no'} classes of "
@@ -419,18 +427,18 @@ def main(config):
         if config.data and not on_inception:
             real, labels = mnist(config.data, train=True)
             real = real[~torch.isin(labels, as_classes(forget))][: per_class * (10 - len(forget))]
-    if on_inception:
-        n = config.images if unconditional else per_class
-        result = evaluate_inception(sample, nfe, unet, forget, n, config.seed, inception, reference, judge,
-                                    teacher_sample, config.batch_size)
-        return show(config, result, forget, kind, device)
-    if unconditional:
-        dtype = choose_amp("auto", device)
-        after, before = (unconditional_sampler(network, schedule, dtype) for network in (unet, teacher))
-        result = evaluate_unconditional(after, judge, forget, config.images, teacher, before, dtype, config.seed)
-        return show(config, result, forget, "ddim", device)
-    result = evaluate(sample, nfe, judge, teacher or unet, forget, per_class, config.seed, teacher_sample, real,
-                      config.batch_size)
+    with refusing():  # too few images for a metric
+        if on_inception:
+            n = config.images if unconditional else per_class
+            result = evaluate_inception(sample, nfe, unet, forget, n, config.seed, inception, reference, judge,
+                                        teacher_sample, config.batch_size)
+        elif unconditional:
+            dtype = choose_amp("auto", device)
+            after, before = (unconditional_sampler(network, schedule, dtype) for network in (unet, teacher))
+            result = evaluate_unconditional(after, judge, forget, config.images, teacher, before, dtype, config.seed)
+        else:
+            result = evaluate(sample, nfe, judge, teacher or unet, forget, per_class, config.seed, teacher_sample, real,
+                              config.batch_size)
     show(config, result, forget, kind, device)
 
 

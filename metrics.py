@@ -127,6 +127,11 @@ def precision_recall(real, generated, k=3):
     return share_inside(generated, real), share_inside(real, generated)
 
 
+def balanced_distance(moments, real, kept):
+    """Fréchet distance of the classes `kept`, all weighed alike, to real ones: two triples as `class_moments` gives."""
+    return frechet_distance(*pool(*(x[kept] for x in moments[:2])), *pool(*(x[kept] for x in real[:2])))
+
+
 # ---------------------------------------------------------------------------- all of them, of images asked for by class
 
 
@@ -140,10 +145,6 @@ def report(labels, features, probabilities, statistics, forget=()):
     predictions, kept = probabilities.argmax(1), [k for k in labels.unique().tolist() if k not in forget]
     asked = torch.isin(labels, as_classes(forget))
 
-    def fid(means, covariances, counts):  # all classes weigh the same
-        real_means, real_covariances, _ = statistics["train"]
-        return frechet_distance(*pool(means[kept], covariances[kept]), *pool(real_means[kept], real_covariances[kept]))
-
     result = {
         "retained_accuracy": retained_accuracy(labels, predictions, forget),
         "class_accuracy": class_accuracies(labels, predictions),
@@ -151,9 +152,10 @@ def report(labels, features, probabilities, statistics, forget=()):
     }
     if statistics:
         result |= {
-            "fid": fid(*class_moments(features, labels)),
-            "teacher_fid": fid(*statistics["teacher"]),
-            "real_test_fid": fid(*statistics["test"]),
+            "fid": balanced_distance(class_moments(features, labels), statistics["train"], kept),
+            "teacher_fid": balanced_distance(statistics["teacher"], statistics["train"], kept),
+            "teacher_images_per_class": int(statistics["teacher"][2][0]),
+            "real_test_fid": balanced_distance(statistics["test"], statistics["train"], kept),
             "inception_score": inception_score(probabilities[~asked]),
         }
     if asked.any():

@@ -20,9 +20,10 @@ def balanced_labels(classes, per_class):
 
 @torch.no_grad()
 def generate(sample, labels, shape, seed, device, batch=250, bar=None):
-    """Images (N, *shape) in [-1, 1], on the CPU, rounded to 8 bits, one for each label (N,); and the seconds they took.
+    """N images in [-1, 1], on the CPU, rounded to 8 bits, one for each label; and the seconds they took.
 
-    labels: (N,), or a number N of unconditional images, for which `sample` is given c = None.
+    labels: (N,), or text embeddings (N, L, D), or a number N of unconditional images, for which `sample` is given
+    c = None. shape: of one z, (C, H, W), and so of an image, but where the network draws latents.
     sample: function (z, c, noise) -> images. Image i starts from noise that depends on (seed, i) alone, and `noise` is
     where a stochastic sampler draws more of it; so two networks judged under the same seed are paired.
     """
@@ -40,7 +41,7 @@ def generate(sample, labels, shape, seed, device, batch=250, bar=None):
 
 def sampler_of(unet, schedule, kind, steps=50, eta=0.0, guidance=1.0):
     """(function (z, c, noise) -> images, network calls an image) for the kinds one-step, ddim and ancestral."""
-    calls = 1 if guidance == 1 else 2
+    calls = 1 if guidance == 1 or unet.num_classes is None else 2
 
     def one_step(z, c, noise):
         t = torch.full((len(z),), unet.card["t_init"], device=z.device)

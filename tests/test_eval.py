@@ -1,17 +1,23 @@
 """Each metric against a known answer and, where a well-kept library computes it, against that."""
 
+import dataclasses
+import json
 import math
+import types
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_unet
 
 import eval as evaluation
 import metrics
+from concepts import PAIRS
 from features import Judge, load_classifier
 from run import checksum
 from samples import balanced_labels, generate, sampler_of
-from unet import VPSchedule
+from stable_diffusion import load_stable_diffusion
+from unet import VPSchedule, load_unet, save_unet
 
 
 def some_moments(seed, d=12, n=200, shift=0.0):
@@ -214,7 +220,7 @@ def test_images_do_not_depend_on_the_batch_size_and_are_eight_bit():
 
 
 def test_the_shipped_classifier_and_statistics_fit_the_shipped_teacher():
-    from unet import load_unet, weights_path
+    from unet import weights_path
 
     teacher = load_unet("mnist")
     judge = Judge(teacher)
@@ -248,3 +254,68 @@ def test_parse_classes(text, classes):
 def test_parse_classes_refuses(text):
     with pytest.raises(ValueError, match="0..9"):
         evaluation.parse_classes(text, 10)
+
+
+# ------------------------------------------------------------------ concepts
+
+
+class ReadsPictures:
+    """A judge of pictures that are painted with their digit and their colour, as numbers."""
+
+    device = torch.device("cpu")
+
+    def __call__(self, pictures):
+        digits, colours = (((pictures[:, i, 0, 0] + 1) * 5).round().long() for i in (0, 1))
+        return torch.stack([digits, colours], 1).float(), digits, colours
+
+    def real_moments(self):
+        return torch.tensor(PAIRS).double(), torch.eye(2).double().expand(60, 2, 2)
+
+
+def test_concept_metrics_are_what_was_painted():
+    """Of 240 pictures: one of four red threes stays, blue threes are eights, one green one is blue."""
+    sd = types.SimpleNamespace(unet=types.SimpleNamespace(image_shape=(4, 1, 1)))
+    sd.embed = lambda prompts: torch.tensor([[*pair, i] for pair in PAIRS for i in range(12)])
+
+    def sample(z, c, noise):
+        pictures = []
+        for digit, colour, template in c.tolist():
+            if (digit, colour) == (3, 0) and template > 0 or (digit, colour) == (3, 2):
+                digit = 8
+            if (digit, colour, template) == (1, 1, 1):
+                colour = 2
+            pictures.append([digit / 5 - 1, colour / 5 - 1, 0])
+        return torch.tensor(pictures)[:, :, None, None]
+
+    pairs = torch.arange(60).repeat(6)  # a teacher without fault in the first four of each pair, and none right after
+    seen = torch.tensor(PAIRS)[torch.where(torch.arange(360) < 240, pairs, (pairs + 7) % 60)]
+    teacher = seen.float(), *seen.unbind(1), pairs
+    r = evaluation.evaluate_concept(sample, sd, ReadsPictures(), "red three", 4, 0, teacher)
+    assert (r["ua"], r["ua_images"], r["became"]) == (0.75, 4, {"red eight": 0.75, "red three": 0.25})
+    assert r["near"] == pytest.approx(52 / 56)  # nine red digits and five threes, four pictures each
+    assert r["far"] == pytest.approx(179 / 180) and r["retained_accuracy"] == pytest.approx(231 / 236)
+    assert (r["teacher_near"], r["teacher_far"], r["teacher_ua"], r["teacher_images"]) == (1, 1, 0, 240)
+    kept = [pair for pair in PAIRS if pair != (3, 0)]
+    drawn = np.array([p for pair in kept for p in [(8, 2) if pair == (3, 2) else pair] * 4], dtype=float)
+    drawn[next(i for i, p in enumerate(drawn) if tuple(p) == (1, 1))] = 1, 2
+    real = np.cov(np.array(kept, dtype=float).T, bias=True) + np.eye(2)
+    cov, linalg = np.cov(drawn.T), pytest.importorskip("scipy.linalg")
+    expected = ((drawn.mean(0) - np.mean(kept, 0)) ** 2).sum() + np.trace(cov + real - 2 * linalg.sqrtm(cov @ real).real)
+    assert r["fid"] == pytest.approx(expected, rel=1e-6)
+    assert evaluation.evaluate_concept(sample, sd, ReadsPictures(), "", 4, 0, teacher).keys().isdisjoint({"ua", "became"})
+
+
+def test_the_command_reads_a_generator_of_the_tiny_model(tmp_path, capsys):
+    """The shipped model asked once is no good generator, but a three can be told from an eight."""
+    unet = load_stable_diffusion("tiny-sd").unet
+    save_unet(unet, tmp_path / "generator.safetensors", sd="tiny-sd", forget="three", t_init=625)
+    config = evaluation.Config(checkpoint=str(tmp_path / "generator.safetensors"), per_pair=1, device="cpu", out=str(tmp_path / "a.json"))
+    evaluation.main(config)
+    numbers = json.loads((tmp_path / "a.json").read_text())
+    assert numbers["nfe"] == 1 and numbers["sampler"] == "one-step" and numbers["images"] == numbers["teacher_images"] == 60
+    assert numbers["ua_images"] == 6 and 0 <= numbers["ua"] < 1 and numbers["teacher_ua"] == 0
+    assert 0.2 < numbers["retained_accuracy"] < 0.9 and numbers["near"] is None
+    assert "UA (concept gone)" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        evaluation.main(dataclasses.replace(config, out=str(tmp_path / "nowhere" / "a.json")))
+    assert "there is no folder" in capsys.readouterr().err
