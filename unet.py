@@ -338,17 +338,17 @@ def ddim_sample(unet, schedule, z, c=None, steps=50, eta=0.0, guidance=1.0, x0_c
     if not 1 <= steps <= schedule.T:
         raise ValueError(f"steps must be 1..{schedule.T}, not {steps}")
     noise = noise or (lambda shape: torch.randn(len(z), *shape))
-    stride = schedule.T // steps
+    times = [i * schedule.T // steps for i in range(steps)]  # evenly over 0 .. T-1
     x = z
     for i in reversed(range(steps)):
-        t = torch.full((len(z),), i * stride, device=z.device)
+        t = torch.full((len(z),), times[i], device=z.device)
         eps = guided_noise(unet, x, t, c, guidance, null)
         x0 = schedule.predict_x0(x, eps, t)  # (D3)
         if x0_clip:
             x0 = x0.clamp(-1, 1)
             eps = (x - schedule.a(t) * x0) / schedule.s(t)  # (D1), solved for the noise that agrees with the clipped x0
-        abar = schedule.alphas_cumprod[i * stride]
-        abar_next = schedule.alphas_cumprod[(i - 1) * stride] if i > 0 else torch.ones_like(abar)
+        abar = schedule.alphas_cumprod[times[i]]
+        abar_next = schedule.alphas_cumprod[times[i - 1]] if i > 0 else torch.ones_like(abar)
         sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)).sqrt()
         x = abar_next.sqrt() * x0 + (1 - abar_next - sigma**2).clamp(min=0).sqrt() * eps
         if eta > 0 and i > 0:  # the last step adds none

@@ -116,7 +116,20 @@ class Peer:
         )
 
 
-@pytest.mark.parametrize("steps, eta", [(10, 0.0), (7, 0.0), (10, 1.0)])
+@pytest.mark.parametrize("steps", [1, 7, 600, 1000])
+def test_ddim_goes_evenly_from_the_noisiest_step_to_the_first(steps):
+    asked = []
+
+    def network(x, t, c):
+        asked.append(int(t[0]))
+        return torch.zeros_like(x)
+
+    ddim_sample(network, VPSchedule.linear(), torch.randn(1, 1, 2, 2), None, steps)
+    gaps = [a - b for a, b in zip([1000, *asked], asked)]
+    assert len(asked) == steps and asked[-1] == 0 and set(gaps) <= {1000 // steps, 1000 // steps + 1}
+
+
+@pytest.mark.parametrize("steps, eta", [(10, 0.0), (8, 0.0), (10, 1.0)])
 def test_ddim_is_that_of_diffusers(tiny, steps, eta):
     scheduler = Peer("DDIMScheduler", set_alpha_to_one=True).scheduler
     scheduler.set_timesteps(steps)
