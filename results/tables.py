@@ -15,10 +15,17 @@ README = HERE.parent / "README.md"
 
 
 def read(folder, pattern="*.json"):
-    """The runs of a folder; they must be of one kind, as one line under the table says for all."""
+    """The runs of a folder; they must be of one kind, as one line under the table says for all: the same settings, on the
+    same machine, but for what is to be forgotten, the seed and where a run began."""
     runs = [json.loads(path.read_text()) for path in sorted((HERE / folder).glob(pattern))]
-    kinds = {(run["config"]["steps"], run["machine"], run["amp"]) for run in runs}
-    assert len(kinds) == 1, f"{folder}: runs of several kinds, {kinds}"
+
+    def kind(run):
+        config = {k: v for k, v in run["config"].items() if k not in ("forget", "seed", "out", "posterior", "init_generator", "init_fake_score")}
+        return config | {"machine": run["machine"], "precision": run["amp"]}
+
+    different = {name for run in runs for name, value in kind(run).items() if kind(runs[0]).get(name, value) != value}
+    if different:
+        sys.exit(f"results/{folder} holds runs of several kinds: they differ in {', '.join(sorted(different))}")
     return runs
 
 
@@ -138,7 +145,7 @@ def two_stage():
     """One row a way: mean and standard deviation over seeds."""
     lines = ["| forgetting 0 | UA, % | retained accuracy, % | FID |", "|---|---|---|---|"]
     for way in ("one-stage", "two-stage"):
-        runs = read("two-stage", f"{way}-*.json")
+        runs = read("two-stage", f"{way}-forget0-*.json")
         columns = [("ua", 100, "{:.1f}"), ("retained_accuracy", 100, "{:.1f}"), ("fid", 1, "{:.3f}")]
         cells = [spread([scale * run[key] for run in runs], form) for key, scale, form in columns]
         name = {"one-stage": f"one stage, {runs[0]['total_steps']} steps", "two-stage": "distilled first, as many steps in all"}[way]
