@@ -160,6 +160,12 @@ def shown(digit, colour, concept):
     return contains(fill(TEMPLATES[0], digit, colour), concept)
 
 
+def check_drawn(concept):
+    """ValueError unless the concept is one that the tiny model's pictures can show."""
+    if not words(concept) or not any(shown(*pair, concept) for pair in PAIRS):
+        raise ValueError(f"--forget {concept!r}: the tiny model draws a digit (three) in a colour (red); name these")
+
+
 def next_of_its_kind(concept):
     """The concept with its digit replaced by the next one, or its colour if it has no digit. ValueError if neither."""
     for kind in (DIGITS, tuple(COLOURS)):

@@ -92,7 +92,7 @@ class Config:
     amp: str = option("auto", "mixed precision; auto: bf16 where it is native", choices=["auto", "bf16", "fp16", "off"])
     compile: bool = option(False, "torch.compile the networks: minutes at the start, then faster steps on a GPU")
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
-    seed: int = option(0, "seed of everything random", low=0)
+    seed: int = option(0, "seed of everything random", low=0, high=10**12)
     out: str = option("", "run folder; runs/ddpm_sfd-<preset>-forget<classes> if not given")
     resume: bool = option(False, "go on from the checkpoint in the run folder")
     save_every: int = option(500, "steps between checkpoints", low=1)
@@ -183,8 +183,8 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
 
     generator, fake_score: where theta and psi begin, changed in place; copies of the teacher if not given."""
     retained, forget, override = (None if x is None else x.to(run.device) for x in classes)
-    n_retained = max(1, config.batch_size // run.world)
-    n_forgotten = max(1, config.forget_batch_size // run.world) if len(forget) else 0
+    n_retained = config.batch_size // run.world
+    n_forgotten = config.forget_batch_size // run.world if len(forget) else 0
 
     teacher = run.prepare(teacher.eval().requires_grad_(False))  # phi
     fake_score = run.prepare((fake_score or copy.deepcopy(teacher)).requires_grad_(True))  # psi

@@ -48,6 +48,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from concepts import (
     ConceptJudge,
+    check_drawn,
     contains,
     every_prompt,
     next_of_its_kind,
@@ -79,7 +80,8 @@ PRESETS = {
 class Config:
     preset: str = option("tiny", "settings to start from", choices=list(PRESETS))
     forget: str = option("three", "the concept: a word or a phrase; none: plain distillation", nargs="+")
-    override: str = option("next", "the safe concept; next: the tiny model's next digit or colour", nargs="+")
+    override: str = option("next", "the safe concept; next: the tiny model's next digit or colour", nargs="+",
+                          joint=" ")
     mode: str = option("replace", "replace: the teacher is asked for the prompt with the concept replaced; negative: "
                        "it is asked for the prompt without the concept, and has that as its negative prompt",
                        choices=["replace", "negative"])
@@ -117,7 +119,7 @@ class Config:
     amp: str = option("off", "mixed precision; off is faster at the tiny model's size, auto takes bf16 where it is "
                       "native; official: fp16", choices=["auto", "bf16", "fp16", "off"])
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
-    seed: int = option(0, "seed of everything random", low=0)
+    seed: int = option(0, "seed of everything random", low=0, high=10**12)
     out: str = option("", "run folder; runs/sd_sfd-<preset>-forget-<concept> if not given")
     resume: bool = option(False, "go on from the checkpoint in the run folder")
     save_every: int = option(500, "steps between checkpoints", low=1)
@@ -191,13 +193,15 @@ def read_concept(config):
         return retained, forget, safe, ", ".join(forbidden)
     named = [prompt.replace("{}", concept) for prompt in named]
     forget, retained = ([p for p in named if contains(p, concept)], [p for p in prompts if not contains(p, concept)])
+    if tiny:
+        check_drawn(concept)
     if not forget:
         raise ValueError(f"--forget {concept!r} stands in none of the prompts; the first of them is {named[0]!r}")
     if not retained:
         raise ValueError(f"--forget {concept!r} stands in every prompt; leave some to retain")
     if config.mode == "negative":
         return retained, forget, [without(p, concept) for p in forget], concept
-    override = next_of_its_kind(concept) if config.override == "next" else config.override.replace(",", " ")
+    override = next_of_its_kind(concept) if config.override == "next" else config.override
     safe = [replace(p, concept, override) for p in forget]
     if any(contains(p, concept) for p in safe):
         raise ValueError(f"--override {override!r} contains what is to be forgotten, {concept!r}")
@@ -215,8 +219,8 @@ def train(config, run, teacher, schedule, prompts, look=None, generator=None, fa
     look: function (latents of forget prompts) -> share that no longer shows the concept, for the bar.
     generator, fake_score: where theta and psi begin, changed in place; copies of the teacher if not given."""
     retained, forget, safe, negative, nothing = prompts
-    n_retained = max(1, config.batch_size // run.world // config.accumulate)
-    n_forgotten = max(1, config.forget_batch_size // run.world // config.accumulate) if len(forget) else 0
+    n_retained = config.batch_size // run.world // config.accumulate
+    n_forgotten = config.forget_batch_size // run.world // config.accumulate if len(forget) else 0
     nothing_teacher = torch.cat([nothing.repeat(n_retained, 1, 1), negative.repeat(n_forgotten, 1, 1)])
 
     teacher = teacher.eval().requires_grad_(False)  # phi
@@ -300,8 +304,6 @@ def main(config):
         fake_score = read_beginning("--init-fake-score", config.init_fake_score, sd.unet, config.t_init)
         if config.weights == "bf16" and choose_amp(config.amp, choose_device(config.device)) != torch.bfloat16:
             raise ValueError("--weights bf16 needs --amp bf16")
-        if config.batch_size % config.accumulate or config.forget_batch_size % config.accumulate:
-            raise ValueError(f"--accumulate {config.accumulate} must divide --batch-size and --forget-batch-size")
         judge = ConceptJudge() if tiny else None
     concept = config.forget.replace(",", " ").strip()
     run = Run(config, f"runs/sd_sfd-{config.preset}-forget-{concept.replace(' ', '-')}")

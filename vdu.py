@@ -47,7 +47,7 @@ import torch
 from torchvision.io import ImageReadMode, read_image
 from torchvision.transforms.functional import center_crop, resize
 
-from concepts import ConceptJudge, contains, every_prompt, prompt_grid
+from concepts import ConceptJudge, check_drawn, contains, every_prompt, prompt_grid
 from convert import load_teacher
 from data import cifar10, mnist
 from eval import (
@@ -78,7 +78,8 @@ class Config:
     forget: str = option("1", "class or classes to forget", nargs="+")
     sd: str = option("", "feature unlearning in a text-to-image model: tiny-sd, or a folder as the hub serves Stable "
                      "Diffusion 1.x; --forget is then a word or a phrase")
-    prompt: str = option("", "--sd: what pictures of a folder are called; the forgotten phrase if not given", nargs="+")
+    prompt: str = option("", "--sd: what pictures of a folder are called; the forgotten phrase if not given", nargs="+",
+                        joint=" ")
     data: str = option("auto", "the undesired images: a folder with MNIST, CIFAR-10, tiny ImageNet or pictures; "
                                "teacher: drawn from the class-conditional one, or by --sd itself from its prompts; "
                                "auto: data/, a download, else teacher; with --sd as teacher")
@@ -96,8 +97,8 @@ class Config:
     gamma: float = option(0.7, "gamma of (V5); our choice", low=0, high=1)
     weighting: str = option("simple", "w_t of (V3): bound, that of the DDPM bound; simple, 1; our choice",
                             choices=["bound", "simple"])
-    reduction: str = option("mean", "A and B: sums, as (V3) and (V4) say, or means over pixels, steps and weights; our "
-                            "choice", choices=["mean", "sum"])
+    reduction: str = option("mean", "A and B: sums over pixels, steps and weights, as (V3) and (V4) say, or means; "
+                            "over images A is a mean in both; our choice", choices=["mean", "sum"])
     sigma_floor: float = option(1e-4, "no sigma* is taken for less; our choice", low=0)
     covariance: str = option("posterior", "identity: every weight has the same width, the mean one; to compare",
                              choices=["posterior", "identity"])
@@ -106,7 +107,7 @@ class Config:
     amp: str = option("auto", "mixed precision; auto: bf16 where it is native", choices=["auto", "bf16", "fp16", "off"])
     compile: bool = option(False, "torch.compile the network: minutes at the start, then faster steps on a GPU")
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
-    seed: int = option(0, "seed of everything random", low=0)
+    seed: int = option(0, "seed of everything random", low=0, high=10**12)
     out: str = option("", "run folder; runs/vdu-<preset>-forget<classes>, with --sd runs/vdu-sd-forget-<concept>")
     resume: bool = option(False, "go on from the checkpoint in the run folder")
     save_every: int = option(500, "steps between checkpoints", low=1)
@@ -194,7 +195,7 @@ def train(config, run, unet, variance, images, schedule, texts=None):
         optimizer = NaturalGradient(unet.parameters(), widths, lr=config.lr)
     else:
         optimizer = torch.optim.Adam(unet.parameters(), lr=config.lr, fused=run.fused)
-    network, batch = run.parallel(unet), max(1, config.batch_size // run.world)
+    network, batch = run.parallel(unet), config.batch_size // run.world
     images = images.to(run.device)
 
     def draw(n):
@@ -216,7 +217,7 @@ def train(config, run, unet, variance, images, schedule, texts=None):
         with run.autocast():
             A = plasticity_inducer(network, x0, t, noise, schedule, c, config.weighting).mean()  # (V3)
         B = stability_regularizer(unet, mean, variance)  # (V4)
-        A, B = (A / pixels, B / weights) if config.reduction == "mean" else (schedule.T * A, B)
+        A, B = (A / pixels, B / weights) if config.reduction == "mean" else ((config.t_max - config.t_min) * A, B)
         loss = (1 - config.gamma) * A + config.gamma * B  # (V5) L = (1 - gamma) A + gamma B
         run.update("loss", loss, unet, optimizer)
         growth = probe_error() / error_at_mean
@@ -297,7 +298,7 @@ def undesired_pictures(config, sd, concept):
     side = sd.unet.config["image_size"] * 2 ** (len(sd.vae.config["block_out_channels"]) - 1)
     if config.data not in ("auto", "teacher"):
         pictures, origin = undesired_images(config.data, [0], (3, side, side), config.images, config.seed)
-        return pictures, [config.prompt.replace(",", " ") or concept] * len(pictures), origin
+        return pictures, [config.prompt or concept] * len(pictures), origin
     prompts, n = [prompt for prompt in every_prompt() if contains(prompt, concept)], config.images or 1000
     if config.sd != "tiny-sd" or not prompts:
         raise ValueError(f"--forget {concept!r} is in no prompt of the tiny model; --data names a folder of pictures")
@@ -336,6 +337,8 @@ def main_of_sd(config):
     """Feature unlearning in a text-to-image model: the same method on its latents, each under its text."""
     concept = config.forget.replace(",", " ").strip()
     with refusing():
+        if config.sd == "tiny-sd":
+            check_drawn(concept)
         sd = load_stable_diffusion(config.sd)
         sd.unet.path = Path(config.sd)
         variance = read_posterior("tiny-sd/posterior" if config.posterior == "auto" else config.posterior, sd.unet)
@@ -346,7 +349,8 @@ def main_of_sd(config):
     sd = sd.to(run.device)
     judge = ConceptJudge().to(run.device) if config.sd == "tiny-sd" else None
     with torch.no_grad():
-        latents, texts = sd.vae.latents(pictures.to(run.device)), sd.embed(names)
+        latents = torch.cat([sd.vae.latents(some.to(run.device)) for some in pictures.split(8)])
+        texts = sd.embed(names)
     teacher = copy.deepcopy(sd.unet)  # mu*
 
     unet = train(config, run, sd.unet, variance, latents, sd.schedule, texts)
@@ -355,7 +359,7 @@ def main_of_sd(config):
                "steps_taken": run.step, "training_seconds": run.seconds}
     if run.rank == 0:
         save_unet(unet, run.folder / "unlearned.safetensors", method="VDU", forget=concept, sd=config.sd,
-                  gamma=config.gamma, steps=config.steps, seed=config.seed)
+                  gamma=config.gamma, steps=run.step, seed=config.seed)
         others = every_prompt()[::71] if judge else [""]
         rows = list(dict.fromkeys(names))[:4] + [prompt for prompt in others if not contains(prompt, concept)]
         with torch.no_grad():
@@ -379,8 +383,9 @@ def main(config):
         return main_of_sd(config)
     with refusing():
         unet = load_teacher(config.teacher)
-        if unet.num_classes is not None:
-            raise ValueError(f"--teacher {config.teacher} is class-conditional; VDU is for unconditional ones")
+        if unet.num_classes is not None or unet.text_dim is not None:
+            kind = "class-conditional" if unet.text_dim is None else "text-conditional"
+            raise ValueError(f"--teacher {config.teacher} is {kind}; VDU is for unconditional ones, and for --sd")
         shipped = "mnist-unconditional-posterior"
         variance = read_posterior(shipped if config.posterior == "auto" else config.posterior, unet)
         forget = parse_classes(config.forget, 1000)
@@ -405,8 +410,9 @@ def main(config):
     metrics = {"forget": forget, "undesired_images": len(images), "undesired_from": origin,
                "steps_taken": run.step, "training_seconds": run.seconds}
     if run.rank == 0:
-        save_unet(unet, run.folder / "unlearned.safetensors", method="VDU", forget=forget, teacher=config.teacher,
-                  gamma=config.gamma, steps=config.steps, seed=config.seed)
+        save_unet(unet, run.folder / "unlearned.safetensors", method="VDU", forget=forget,
+                  teacher=config.teacher if teacher.path else None,  # None: a mean that no file holds
+                  gamma=config.gamma, steps=run.step, seed=config.seed)
         networks = {"before": teacher, "after": unet}
         samplers = {name: unconditional_sampler(network, schedule, run.dtype) for name, network in networks.items()}
         for (name, sample), title in zip(samplers.items(), ("teacher", "VDU")):

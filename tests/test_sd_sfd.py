@@ -143,13 +143,14 @@ def test_prompts_from_files(tmp_path):
     (tmp_path / "keep.txt").write_text("a tree\na photo of Brad Pitt in a boat\n")
     (tmp_path / "forget.txt").write_text("a photo of {}\n{}, smiling\n")
     words = dict(sd=str(tmp_path), retain_prompts=str(tmp_path / "keep.txt"), forget_prompts=str(tmp_path / "forget.txt"))
-    retained, forget, safe, _ = read_concept(Config(forget="Brad,Pitt", override="a,middle,aged,man", **words))
+    retained, forget, safe, _ = read_concept(Config(forget="Brad,Pitt", override="a middle aged man", **words))
     assert retained == ["a tree"] and forget == ["a photo of Brad Pitt", "Brad Pitt, smiling"]
     assert safe == ["a photo of a middle aged man", "a middle aged man, smiling"]
 
 
 @pytest.mark.parametrize("words, message", [
-    ("--forget eleven", "stands in none of the prompts"),
+    ("--forget eleven", "the tiny model draws a digit (three)"),
+    ("--sd folder --forget eleven --retain-prompts {prompts}", "stands in none of the prompts"),
     ("--forget three --override three", "contains what is to be forgotten"),
     ("--forget red three --override eight", "as many words"),
     ("--sd nowhere", "--retain-prompts"),
@@ -159,7 +160,7 @@ def test_prompts_from_files(tmp_path):
     ("--k-train -1", "at least 0"),
     ("--mode gentle", "invalid choice"),
     ("--weights bf16", "--weights bf16 needs --amp bf16"),
-    ("--batch-size 24 --accumulate 16", "--accumulate 16 must divide"),
+    ("--batch-size 24 --accumulate 16", "--batch-size 24 must be a multiple of 16"),
     ("--mode negative --sd folder --forget red green blue yellow pink white --retain-prompts {prompts}", "leave some"),
     ("--init-generator mnist", "no network of the teacher's configuration"),
 ])

@@ -14,6 +14,7 @@ from torchvision.io import write_png
 
 import convert
 import vdu
+from concepts import ConceptJudge
 from features import load_classifier, look
 from run import Run, checksum, parse
 from stable_diffusion import load_stable_diffusion
@@ -167,11 +168,13 @@ def test_gamma_and_narrow_sigmas_hold_the_weights(tmp_path):
     assert far(*floored[1:]) == pytest.approx(free, rel=0.05)
 
 
-def test_sums_and_means_are_the_same_formula_in_other_units(tmp_path):
-    """(V5) with sums: T times the mean over t, and no division by pixels and weights."""
-    runs = [run_of(tmp_path, name, reduction=name, steps=2, gamma=0.5)[0].curves for name in ("mean", "sum")]
+@pytest.mark.parametrize("t_min, t_max", [(0, 1000), (300, 600)])
+def test_sums_and_means_are_the_same_formula_in_other_units(tmp_path, t_min, t_max):
+    """(V5) with sums: the mean over t times how many there are, and no division by pixels and weights."""
+    words = dict(steps=2, gamma=0.5, t_min=t_min, t_max=t_max)
+    runs = [run_of(tmp_path, name, reduction=name, **words)[0].curves for name in ("mean", "sum")]
     weights = sum(p.numel() for p in tiny_unconditional().parameters())
-    assert runs[1]["plasticity"][0] == pytest.approx(runs[0]["plasticity"][0] * 64 * 1000, rel=1e-4)
+    assert runs[1]["plasticity"][0] == pytest.approx(runs[0]["plasticity"][0] * 64 * (t_max - t_min), rel=1e-4)
     assert runs[1]["stability"][1] == pytest.approx(runs[0]["stability"][1] * weights, rel=0.02)
 
 
@@ -535,3 +538,12 @@ def test_a_feature_is_forgotten_from_a_folder_of_pictures(sd_folder, tmp_path):
 def test_features_bad_input_gets_one_line(sd_folder, tmp_path, words, message):
     done = python("vdu.py " + words.format(sd=sd_folder), tmp_path)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_features_are_drawn_by_the_model_itself_where_nobody_brings_pictures():
+    sd = load_stable_diffusion("tiny-sd")
+    pictures, names, origin = vdu.undesired_pictures(Config(sd="tiny-sd", images=3), sd, "red")
+    assert pictures.shape == (3, 3, 32, 32) and all("red" in name.split() for name in names) and "itself" in origin
+    assert len(set(names)) == 3
+    _, _, colours = ConceptJudge()(pictures)
+    assert colours.tolist() == [0, 0, 0]  # red
