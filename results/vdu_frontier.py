@@ -1,5 +1,5 @@
-"""What each term of VDU is for, and how far each setting gets: u-FID over PUL, for an easy digit and for two hard ones;
-and how few undesired images will do.
+"""What each term of VDU is for, on an easy digit; how far each setting gets, on it and on a hard one: u-FID over PUL. And
+how few undesired images will do.
 
 python results/vdu_frontier.py --jobs 2      # into results/vdu-frontier/; what is there already is kept; needs MNIST in data/
 """
@@ -61,20 +61,21 @@ def vdu(words):
     return result
 
 
-CURVES = {  # what moves along it -> its points: what is written beside them, and the flags of vdu.py
-    "gamma": [(g, f"--stop-at 0 --steps 30 --gamma {g}") for g in (0.5, 0.8, 0.85, 0.9, 0.95)],  # no early end
-    "plasticity": [(steps, f"--stop-at 0 --gamma 0 --steps {steps}") for steps in (10, 20, 30)],
-    "identity": [(lr, f"--stop-at 0 --steps 30 --gamma 0.8 --covariance identity --lr {lr}") for lr in (0.01, 0.02, 0.05, 1.0)],
-    "stop": [(end, f"--stop-at {end}") for end in (1.1, 1.25, 1.5)],
-    "range": [(f"{low}-{high}", f"--t-min {low} --t-max {high}") for low, high in ((100, 300), (200, 450), (450, 750))],
-    "bound": [("", "--weighting bound --t-min 0 --t-max 1000")],
-    "adam": [(lr, f"--optimizer adam --lr {lr}") for lr in ("1e-5", "1e-4")],
-    "finetune": [(steps, steps) for steps in (50, 150)],
+# what moves along a curve -> its name, and its points: what is written beside them, and the flags of vdu.py
+TERMS = {
+    "gamma": ("gamma moves, 30 steps", [(g, f"--stop-at 0 --steps 30 --gamma {g}") for g in (0.5, 0.8, 0.85, 0.9, 0.95)]),
+    "plasticity": ("plasticity alone (gamma 0), steps move", [(n, f"--stop-at 0 --gamma 0 --steps {n}") for n in (10, 20, 30)]),
+    "identity": ("identity covariance, length of a step moves",
+                 [(lr, f"--stop-at 0 --steps 30 --gamma 0.8 --covariance identity --lr {lr}") for lr in (0.01, 0.02, 0.05, 1.0)]),
+    "finetune": ("fine-tuning on all retained images, steps move", [(n, n) for n in (50, 150)]),
 }
-LEGEND = {"gamma": "gamma moves, 30 steps", "plasticity": "plasticity alone (gamma 0), steps move",
-          "identity": "identity covariance, length of a step moves", "stop": "the default; its early end moves",
-          "range": "the default on other steps t", "bound": "weights of the DDPM bound, all t", "adam": "Adam, its rate moves",
-          "finetune": "fine-tuning on all retained images, steps move"}
+SETTINGS = {
+    "stop": ("the default, its early end moves", [(end, f"--stop-at {end}") for end in (1.1, 1.25, 1.5)]),
+    "range": ("the default on other steps t", [(f"{a}-{b}", f"--t-min {a} --t-max {b}") for a, b in ((100, 300), (200, 450), (450, 750))]),
+    "bound": ("weights of the DDPM bound, all t", [("", "--weighting bound --t-min 0 --t-max 1000")]),
+    "adam": ("Adam, its rate moves", [(lr, f"--optimizer adam --lr {lr}") for lr in ("1e-5", "1e-4")]),
+    "held": ("the default at another gamma", [(g, f"--gamma {g}") for g in (0.5, 0.9)]),
+}
 FEW = (1, 10, 100, 0)  # undesired images at hand; 0: all
 
 
@@ -93,36 +94,43 @@ def point(forget, name, flags):
     return result
 
 
+def frontier(axes, forget, curves, results, title):
+    for n, (curve, (name, places)) in enumerate(curves.items()):
+        mine = [(label, results[forget, f"{curve}-{label}"]) for label, _ in places]
+        x, y = [100 * r["pul"] for _, r in mine], [r["u_fid"] for _, r in mine]
+        axes.plot(x, y, "D" if curve == "range" else "o-", markersize=5, color=f"C{n}", label=name)
+        for (label, _), *at in zip(mine, x, y):
+            axes.annotate(label, at, xytext=(3, 3), textcoords="offset points", fontsize=7, color=f"C{n}")
+    for key, name, style in (("teacher_u_fid", "the teacher's images", "--"), ("teacher_fid", "the same without the digit", ":")):
+        axes.axhline(mine[0][1][key], color="0.3", linewidth=1, linestyle=style, label=name)
+    axes.set(xlabel="PUL, %", ylabel="u-FID", yscale="log", title=title)
+    axes.legend(fontsize=7)
+
+
 def draw(results):
-    """One panel for each digit, and one for the number of undesired images. results: (digit, name) -> dict."""
-    figure = matplotlib.figure.Figure(figsize=(11, 9), layout="constrained")
-    *panels, sweep = figure.subplots(2, 2).flat
-    for axes, forget in zip(panels, args.forget):
-        for n, (curve, places) in enumerate(CURVES.items()):
-            mine = [(label, results[forget, f"{curve}-{label}"]) for label, _ in places]
-            x, y = [100 * r["pul"] for _, r in mine], [r["u_fid"] for _, r in mine]
-            axes.plot(x, y, "D" if curve == "range" else "o-", markersize=5, color=f"C{n}", label=LEGEND[curve])
-            for (label, _), *at in zip(mine, x, y):
-                axes.annotate(label, at, xytext=(3, 3), textcoords="offset points", fontsize=7, color=f"C{n}")
-        teacher = results[forget, "stop-1.25"]
-        axes.axhline(teacher["teacher_u_fid"], color="0.3", linewidth=1, linestyle="--", label="the teacher's images, all of them")
-        axes.axhline(teacher["teacher_fid"], color="0.3", linewidth=1, linestyle=":", label="the same without the digit")
-        axes.set(xlabel="PUL, %", ylabel="u-FID", yscale="log", title=f"forgetting {forget}")
-    few = [results[args.forget[0], f"images-{n or 'all'}"] for n in FEW]
+    """What each term is for; other settings, one panel a digit; how few images. results: (digit, name) -> dict."""
+    easy = args.forget[0]
+    figure = matplotlib.figure.Figure(figsize=(11, 4 * (1 + (len(args.forget) + 1) // 2)), layout="constrained")
+    panels = iter(figure.subplots((len(args.forget) + 3) // 2, 2).flat)
+    frontier(next(panels), easy, TERMS, results, f"forgetting {easy}: what each term is for")
+    for forget in args.forget:
+        frontier(next(panels), forget, SETTINGS, results, f"forgetting {forget}: how far other settings get")
+    sweep, few = next(panels), [results[easy, f"images-{n or 'all'}"] for n in FEW]
     places = range(len(few))
     sweep.bar([i - 0.2 for i in places], [100 * r["pul"] for r in few], 0.4, color="tab:blue")
     sweep.set_xticks(places, [n or "all" for n in FEW])
-    sweep.set(xlabel="undesired images at hand", ylabel="PUL, %, blue", ylim=(0, 105), title=f"forgetting {args.forget[0]}: how few will do")
+    sweep.set(xlabel="undesired images at hand", ylabel="PUL, %, blue", ylim=(0, 105), title=f"forgetting {easy}: how few will do")
     other = sweep.twinx()
     other.bar([i + 0.2 for i in places], [r["u_fid"] for r in few], 0.4, color="tab:orange")
     other.set_ylabel("u-FID, orange")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    for unused in panels:
+        unused.set_axis_off()
     figure.savefig(ROOT / "results" / "vdu_frontier.png", dpi=90, metadata={"Software": None})
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--forget", type=int, nargs=3, default=[1, 2, 9], help="three digits; the sweep is of the first")
+    parser.add_argument("--forget", type=int, nargs="+", default=[1, 9], help="digits; the terms and the sweep are of the first")
     parser.add_argument("--eval-images", type=int, default=500)
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
@@ -132,7 +140,8 @@ if __name__ == "__main__":
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
     jobs = [(args.forget[0], f"images-{n or 'all'}", f"--images {n}") for n in FEW]
-    jobs += [(forget, f"{curve}-{label}", flags) for forget in args.forget for curve, places in CURVES.items()
-             for label, flags in places]
+    for forget in args.forget:
+        for curve, (_, places) in (TERMS | SETTINGS if forget == args.forget[0] else SETTINGS).items():
+            jobs += [(forget, f"{curve}-{label}", flags) for label, flags in places]
     with ThreadPoolExecutor(args.jobs) as pool:
         draw({job[:2]: result for job, result in zip(jobs, pool.map(lambda job: point(*job), jobs))})
