@@ -72,7 +72,7 @@ TERMS = {
 SETTINGS = {
     "stop": ("the default, its early end moves", [(end, f"--stop-at {end}") for end in (1.1, 1.25, 1.5)]),
     "range": ("the default on other steps t", [(f"{a}-{b}", f"--t-min {a} --t-max {b}") for a, b in ((100, 300), (200, 450), (450, 750))]),
-    "bound": ("weights of the DDPM bound, all t", [("", "--weighting bound --t-min 0 --t-max 1000")]),
+    "bound": ("weights of the DDPM bound, all t", [("all", "--weighting bound --t-min 0 --t-max 1000")]),
     "adam": ("Adam, its rate moves", [(lr, f"--optimizer adam --lr {lr}") for lr in ("1e-5", "1e-4")]),
     "held": ("the default at another gamma", [(g, f"--gamma {g}") for g in (0.5, 0.9)]),
 }
