@@ -1,3 +1,6 @@
+import contextlib
+import importlib
+import io
 import os
 import pickle
 import shlex
@@ -10,6 +13,7 @@ import pytest
 import torch
 
 from concepts import every_prompt
+from run import parse
 from stable_diffusion import Autoencoder, StableDiffusion, save_stable_diffusion
 from text import TextEncoder, word_tokenizer
 from unet import UNet, VPSchedule, save_unet
@@ -88,6 +92,24 @@ def words(command, processes=1):
 def python(command, cwd, processes=1, **kwargs):
     """Run one of the project's scripts as a user would, to its end."""
     return subprocess.run(words(command, processes), cwd=cwd, capture_output=True, text=True, timeout=240, **kwargs)
+
+
+def inside(command, cwd):
+    """The same in this very process, which need not import torch again: for what no process of its own is needed for."""
+    script, *rest = shlex.split(command)
+    module, out, err = importlib.import_module(Path(script).stem), io.StringIO(), io.StringIO()
+    argv, folder, code = sys.argv, os.getcwd(), 0
+    sys.argv = [str(ROOT / script), *rest]
+    os.chdir(cwd)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            module.main(parse(module.Config, module.__doc__, getattr(module, "PRESETS", None)))
+    except SystemExit as leaving:
+        code = leaving.code
+    finally:
+        sys.argv = argv
+        os.chdir(folder)
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 def pytest_collection_modifyitems(config, items):

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, python, random_unet
+from conftest import ROOT, inside, python, random_unet
 
 import ddpm_sfd
 from ddpm_sfd import Config, draw_labels, fake_score_loss, generator_loss, one_step, read_classes, total, train
@@ -268,17 +268,17 @@ def test_the_same_seed_gives_the_same_bits(tmp_path, tiny):
 def test_two_stages_start_from_the_files_of_the_first(tmp_path, tiny_file):
     """No step of the second stage: its networks are those of the first. And what does not fit is refused."""
     first = f"ddpm_sfd.py --forget none --teacher {tiny_file} --classifier none --steps 2 --batch-size 4 --out first"
-    assert python(first, tmp_path).returncode == 0
+    assert inside(first, tmp_path).returncode == 0
     second = f"ddpm_sfd.py --forget 0 --teacher {tiny_file} --classifier none --steps 0 --init-generator {{}} --out second"
     init = "first/generator.safetensors --init-fake-score first/fake_score.safetensors"
-    process = python(second.format(init), tmp_path)
+    process = inside(second.format(init), tmp_path)
     assert process.returncode == 0, process.stderr
     for name in ("generator", "fake_score"):
         files = [load_unet(tmp_path / d / f"{name}.safetensors").state_dict() for d in ("first", "second")]
         assert all(torch.equal(files[0][k], files[1][k]) for k in files[0]), name
         assert not all(torch.equal(v, files[0][k]) for k, v in load_unet(tiny_file).state_dict().items()), name
     for words, says in ((f"{init} --t-init 300", "was made for --t-init 440"), ("mnist", "configuration")):
-        process = python(second.format(words).replace("--out second", "--out third"), tmp_path)
+        process = inside(second.format(words).replace("--out second", "--out third"), tmp_path)
         assert process.returncode == 2 and says in process.stderr and not (tmp_path / "third").exists()
 
 
@@ -346,14 +346,14 @@ def test_the_main_job_forgets_and_opens_no_data(tmp_path):
     assert not [name for name in opened if "idx3" in name or "MNIST" in name or "torchvision/datasets" in name]
 
     # the same checkpoint, judged by the command, gives the same numbers
-    judged = python("eval.py out/generator.safetensors --per-class 20 --out again.json", tmp_path)
+    judged = inside("eval.py out/generator.safetensors --per-class 20 --out again.json", tmp_path)
     assert judged.returncode == 0, judged.stderr
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["ua"] == metrics["ua"] and again["fid"] == pytest.approx(metrics["fid"], rel=1e-6)
 
 
 def test_plain_distillation_runs_without_a_forgotten_class(tmp_path, tiny_file):
-    process = python(
+    process = inside(
         f"ddpm_sfd.py --forget none --teacher {tiny_file} --classifier none --steps 2 --batch-size 4", tmp_path
     )
     assert process.returncode == 0, process.stderr

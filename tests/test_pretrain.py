@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, python, random_unet
+from conftest import ROOT, inside, python, random_unet
 
 import pretrain
 from data import mnist
@@ -124,7 +124,7 @@ def test_the_posterior_is_of_networks_trained_apart_from_a_common_beginning(tmp_
 
 @pytest.mark.slow
 def test_the_classifier_command_learns(tmp_path, data):
-    process = python(f"pretrain.py mnist-classifier --data {data} --batch-size 40 --steps 60 --out out", tmp_path)
+    process = inside(f"pretrain.py mnist-classifier --data {data} --batch-size 40 --steps 60 --out out", tmp_path)
     assert process.returncode == 0, process.stderr
     card = json.loads((tmp_path / "out/mnist-classifier.json").read_text())
     assert card["scores"]["test_images"] == 40 and card["scores"]["test_accuracy"] > 0.5  # chance is 0.1
@@ -133,7 +133,7 @@ def test_the_classifier_command_learns(tmp_path, data):
 
 @pytest.mark.slow
 def test_the_statistics_command_describes_the_real_images_and_the_teacher(tmp_path, data):
-    process = python(f"pretrain.py mnist-statistics --data {data} --per-class 2 --images 100 --out out", tmp_path)
+    process = inside(f"pretrain.py mnist-statistics --data {data} --per-class 2 --images 100 --out out", tmp_path)
     assert process.returncode == 0, process.stderr
     statistics, facts = load_statistics(tmp_path / "out/mnist-statistics.safetensors")
     images, labels = mnist(str(data), train=True)
@@ -145,7 +145,7 @@ def test_the_statistics_command_describes_the_real_images_and_the_teacher(tmp_pa
 
 
 def test_missing_data_is_one_line(tmp_path):
-    process = python("pretrain.py mnist --data /dev/null", tmp_path)
+    process = inside("pretrain.py mnist --data /dev/null", tmp_path)
     assert process.returncode == 2 and process.stderr.strip().count("\n") == 0 and "error: --data" in process.stderr
     assert not (tmp_path / "runs").exists()
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import ROOT, python, words
+from conftest import ROOT, inside, python, words
 
 import run as housekeeping
 from run import Run, linear_decay, option, parse
@@ -42,7 +42,7 @@ def test_resume_after_kill_and_after_interrupt_ends_in_the_same_bits(tmp_path, t
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed/metrics.json").exists()  # it was indeed killed on the way
-    again = python(f"{command} --out killed", tmp_path)
+    again = inside(f"{command} --out killed", tmp_path)
     assert again.returncode == 2 and "--resume" in again.stderr  # unfinished work is not overwritten
 
     before = (tmp_path / "killed/checkpoint.pt").stat().st_mtime_ns
@@ -62,7 +62,7 @@ def test_resume_after_kill_and_after_interrupt_ends_in_the_same_bits(tmp_path, t
 
 
 def test_nan_stops_the_run_and_names_the_loss_and_the_step(tmp_path, tiny_file):
-    process = python(f"{SFD} --teacher {tiny_file} --steps 30 --lr-fake-score 1e30 --out out", tmp_path)
+    process = inside(f"{SFD} --teacher {tiny_file} --steps 30 --lr-fake-score 1e30 --out out", tmp_path)
     assert process.returncode == 1
     last = process.stderr.strip().splitlines()[-1]
     assert (

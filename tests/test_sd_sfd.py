@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL_TEXT as SMALL
-from conftest import python, random_unet
+from conftest import inside, python, random_unet
 
 import ddpm_sfd
 import sd_sfd
@@ -315,7 +315,7 @@ def test_two_processes_train_one_network(sd_folder, tmp_path):
 
 
 def test_weights_in_half_precision_and_the_negative_prompt(sd_folder, tmp_path):
-    done = python(words_for(sd_folder, "bf16", "--weights bf16 --mode negative --amp bf16"), tmp_path)
+    done = inside(words_for(sd_folder, "bf16", "--weights bf16 --mode negative --amp bf16"), tmp_path)
     assert done.returncode == 0, done.stderr
     for name, tensor in load_unet(tmp_path / "bf16" / "generator.safetensors").state_dict().items():
         assert torch.equal(tensor, tensor.bfloat16().float()), name

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, python
+from conftest import ROOT, inside
 from test_pretrain import data  # noqa: F401 (a fixture)
 
 import pretrain
@@ -24,7 +24,7 @@ def run_of(tmp_path, name, data, **words):  # noqa: F811
 
 
 def test_the_commands_make_a_folder_in_the_hubs_layout(tmp_path, data, monkeypatch):  # noqa: F811
-    done = python(f"pretrain.py tiny-sd-autoencoder --data {data} --steps 3 --batch-size 4 --out a", tmp_path)
+    done = inside(f"pretrain.py tiny-sd-autoencoder --data {data} --steps 3 --batch-size 4 --out a", tmp_path)
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(tiny_sd, "STEPS", 2)
     config, run = run_of(tmp_path, "b", data, init=str(tmp_path / "a/tiny-sd-autoencoder.safetensors"))

@@ -8,7 +8,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, python, random_unet, write_cifar10
+from conftest import ROOT, inside, python, random_unet, write_cifar10
 from test_convert import CIFAR10, peer
 from torchvision.io import write_png
 
@@ -473,7 +473,7 @@ def test_the_main_job_leaves_what_it_promises(tmp_path):
     assert sum(numbers["counts"]) == sum(numbers["teacher_counts"]) == 100
     assert "PUL" in process.stdout and "2 images of class [1] drawn" in process.stdout
     assert load_unet(folder / "unlearned.safetensors").card["forget"] == [1]
-    judged = python("eval.py run/unlearned.safetensors --images 100 --out judged.json", tmp_path)
+    judged = inside("eval.py run/unlearned.safetensors --images 100 --out judged.json", tmp_path)
     assert judged.returncode == 0, judged.stderr
     again = json.loads((tmp_path / "judged.json").read_text())
     assert all(again[k] == pytest.approx(numbers[k], abs=1e-6) for k in ("pul", "u_fid", "teacher_fid", "counts"))
@@ -512,7 +512,7 @@ def test_a_feature_is_forgotten_from_a_folder_of_pictures(sd_folder, tmp_path):
     (tmp_path / "pictures").mkdir()
     for i in range(3):
         write_png(torch.randint(0, 256, (3, 20, 18), dtype=torch.uint8), str(tmp_path / "pictures" / f"{i}.png"))
-    done = python(f"vdu.py --sd {sd_folder} --forget red --data pictures --posterior posterior.safetensors --steps 4 "
+    done = inside(f"vdu.py --sd {sd_folder} --forget red --data pictures --posterior posterior.safetensors --steps 4 "
                   "--stop-at 0 --batch-size 8 --device cpu --amp off --out out", tmp_path)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
@@ -536,7 +536,7 @@ def test_a_feature_is_forgotten_from_a_folder_of_pictures(sd_folder, tmp_path):
     ("--sd {sd} --forget red --t-min 700", "--t-min 700 must be below"),
 ])
 def test_features_bad_input_gets_one_line(sd_folder, tmp_path, words, message):
-    done = python("vdu.py " + words.format(sd=sd_folder), tmp_path)
+    done = inside("vdu.py " + words.format(sd=sd_folder), tmp_path)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
