@@ -109,13 +109,13 @@ def frontier(axes, forget, curves, results, title):
 
 def draw(results):
     """What each term is for; other settings, one panel a digit; how few images. results: (digit, name) -> dict."""
-    easy = args.forget[0]
-    figure = matplotlib.figure.Figure(figsize=(11, 4 * (1 + (len(args.forget) + 1) // 2)), layout="constrained")
-    panels = iter(figure.subplots((len(args.forget) + 3) // 2, 2).flat)
-    frontier(next(panels), easy, TERMS, results, f"forgetting {easy}: what each term is for")
-    for forget in args.forget:
-        frontier(next(panels), forget, SETTINGS, results, f"forgetting {forget}: how far other settings get")
-    sweep, few = next(panels), [results[easy, f"images-{n or 'all'}"] for n in FEW]
+    easy, *hard = args.forget
+    figure = matplotlib.figure.Figure(figsize=(5 * (2 + len(hard)), 4.5), layout="constrained")
+    terms, *settings, sweep = figure.subplots(1, 2 + len(hard))
+    frontier(terms, easy, TERMS, results, f"forgetting {easy}: what each term is for")
+    for axes, forget in zip(settings, hard):
+        frontier(axes, forget, SETTINGS, results, f"forgetting {forget}: how far other settings get")
+    few = [results[easy, f"images-{n or 'all'}"] for n in FEW]
     places = range(len(few))
     sweep.bar([i - 0.2 for i in places], [100 * r["pul"] for r in few], 0.4, color="tab:blue")
     sweep.set_xticks(places, [n or "all" for n in FEW])
@@ -123,14 +123,12 @@ def draw(results):
     other = sweep.twinx()
     other.bar([i + 0.2 for i in places], [r["u_fid"] for r in few], 0.4, color="tab:orange")
     other.set_ylabel("u-FID, orange")
-    for unused in panels:
-        unused.set_axis_off()
     figure.savefig(ROOT / "results" / "vdu_frontier.png", dpi=90, metadata={"Software": None})
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--forget", type=int, nargs="+", default=[1, 9], help="digits; the terms and the sweep are of the first")
+    parser.add_argument("--forget", type=int, nargs="+", default=[1, 9], help="digits: the first for the terms and the sweep, the others for the settings")
     parser.add_argument("--eval-images", type=int, default=500)
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
@@ -141,7 +139,7 @@ if __name__ == "__main__":
         torch.set_num_threads(threads)
     jobs = [(args.forget[0], f"images-{n or 'all'}", f"--images {n}") for n in FEW]
     for forget in args.forget:
-        for curve, (_, places) in (TERMS | SETTINGS if forget == args.forget[0] else SETTINGS).items():
+        for curve, (_, places) in (TERMS if forget == args.forget[0] else SETTINGS).items():
             jobs += [(forget, f"{curve}-{label}", flags) for label, flags in places]
     with ThreadPoolExecutor(args.jobs) as pool:
         draw({job[:2]: result for job, result in zip(jobs, pool.map(lambda job: point(*job), jobs))})
