@@ -104,6 +104,7 @@ def frontier(axes, forget, curves, results, title):
     for key, name, style in (("teacher_u_fid", "the teacher's images", "--"), ("teacher_fid", "the same without the digit", ":")):
         axes.axhline(mine[0][1][key], color="0.3", linewidth=1, linestyle=style, label=name)
     axes.set(xlabel="PUL, %", ylabel="u-FID", yscale="log", title=title)
+    axes.margins(0.1)  # room for what is written beside the points
     axes.legend(fontsize=7)
 
 
