@@ -290,8 +290,8 @@ def table(result):
         others = [f"{k}: {v:.1%}" for k, v in result["class_accuracy"].items() if k not in result.get("became", {})]
         rows += [("retained accuracy", with_teacher("retained_accuracy", "{:.2%}")), ("by class", "  ".join(others))]
     if "fid" in result:
-        its = result["teacher_images_per_class"]  # at another number of images FIDs do not quite compare
-        floor = f" at {its} a class" if its != result["images_per_class"] else ""
+        its = result.get("teacher_images_per_class")  # at another number of images FIDs do not quite compare
+        floor = f" at {its} a class" if its and its != result["images_per_class"] else ""
         floor += f", real test images {result['real_test_fid']:.3f}"
         rows += [("FID on retained classes", with_teacher("fid", "{:.3f}", floor))]
     for name in ("precision", "recall"):

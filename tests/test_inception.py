@@ -267,7 +267,7 @@ def test_the_resnet_command_learns(tmp_path, monkeypatch):
     pretrain.train_classifier(config, run)
     run.finish({})
     card = json.loads((tmp_path / "run/cifar10-classifier.json").read_text())
-    assert card["scores"]["test_accuracy"] > 0.5 and card["data"] == "cifar10"  # chance is 0.1
+    assert card["scores"]["test_accuracy"] > 0.5 and card["data"] == "CIFAR-10"  # chance is 0.1
     assert run.state["optimizer"].param_groups[0]["lr"] == pytest.approx(0, abs=1e-6)  # down a cosine
     classifier = load_classifier(tmp_path / "run/cifar10-classifier.safetensors")
     with torch.no_grad():
