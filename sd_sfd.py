@@ -71,8 +71,8 @@ PRESETS = {
     "tiny": {},  # the defaults below
     "sd15": dict(  # the settings of the official code's Stable Diffusion run; about 1,000 images are seen
         steps=125, batch_size=8, forget_batch_size=8, lr_generator=1e-6, lr_fake_score=3e-6, lr_end=1.0, ema=0.0,
-        adam_eps=1e-6, lambda_generator=1.0, k_train=4.5, k_fake=4.5, k_teacher=4.5, sd="stable-diffusion-v1-5",
-        eval_images=0, amp="fp16"),
+        adam_eps=1e-6, lambda_generator=1.0, max_weight=0.0, k_train=4.5, k_fake=4.5, k_teacher=4.5,
+        sd="stable-diffusion-v1-5", eval_images=0, amp="fp16"),
 }
 
 
@@ -100,7 +100,9 @@ class Config:
                            low=0, high=1)
     adam_eps: float = option(1e-8, "epsilon of Adam; official, for fp16: 1e-6", low=0)
     alpha: float = option(1.0, "alpha of (S3); official: 1")
-    lambda_generator: float = option(0.2, "lambda of (S5) for theta; official: 1", low=0)
+    lambda_generator: float = option(0.3, "lambda of (S5) for theta; official: 1", low=0)
+    max_weight: float = option(12.0, "a forgotten prompt weighs no more than this many retained ones, whatever theta's "
+                               "lambda is; 0: no limit; our choice; official: 0", low=0)
     lambda_fake_score: float = option(1.0, "lambda of (S5) for psi; official: 1", low=0)
     k_train: float = option(1.5, "k1: guidance of the fake score while it is trained; official: 4.5", low=0)
     k_fake: float = option(1.5, "k2 = k3: guidance of the fake score where it is compared; official: 4.5", low=0)
@@ -221,6 +223,9 @@ def train(config, run, teacher, schedule, prompts, look=None, generator=None, fa
     retained, forget, safe, negative, nothing = prompts
     n_retained = config.batch_size // run.world // config.accumulate
     n_forgotten = config.forget_batch_size // run.world // config.accumulate if len(forget) else 0
+    lambda_theta = config.lambda_generator
+    if config.max_weight and len(forget):  # where few prompts share lambda, each is loud, and its neighbours go with it
+        lambda_theta = min(lambda_theta, config.max_weight * len(forget) / len(retained))
     nothing_teacher = torch.cat([nothing.repeat(n_retained, 1, 1), negative.repeat(n_forgotten, 1, 1)])
 
     teacher = teacher.eval().requires_grad_(False)  # phi
@@ -272,7 +277,7 @@ def train(config, run, teacher, schedule, prompts, look=None, generator=None, fa
                 loss = generator_loss(teacher, fake_score, x_g, t, c_teacher, c, nothing_teacher, nothing, noise,
                                       schedule, config.alpha, config.k_teacher, config.k_fake)  # (S3)
             latest[:] = [x_g.detach()[n_retained:]]
-            yield total(loss, n_retained, config.lambda_generator) / config.accumulate  # (S5)
+            yield total(loss, n_retained, lambda_theta) / config.accumulate  # (S5)
 
     latest = []  # the latents of forget prompts that were drawn last
     for _ in run.loop(state, label="SFD"):

@@ -180,7 +180,8 @@ def test_bad_input_gets_one_line_and_status_2(words, message, sd_folder, tmp_pat
 def test_the_preset_carries_the_official_settings():
     official = {"k_train": 4.5, "k_fake": 4.5, "k_teacher": 4.5, "prompt_dropout": 0.1, "alpha": 1.0, "t_init": 625,
                 "t_min": 20, "t_max": 980, "batch_size": 8, "lr_fake_score": 3e-6, "lr_generator": 1e-6, "lr_end": 1.0,
-                "ema": 0.0, "lambda_generator": 1.0, "lambda_fake_score": 1.0, "amp": "fp16", "adam_eps": 1e-6}
+                "ema": 0.0, "lambda_generator": 1.0, "lambda_fake_score": 1.0, "amp": "fp16", "adam_eps": 1e-6,
+                "max_weight": 0.0}
     sd15 = vars(parse(Config, "", sd_sfd.PRESETS, ["--preset", "sd15"]))
     assert official.items() <= sd15.items() and sd15["steps"] * sd15["batch_size"] == 1000
 
@@ -204,6 +205,15 @@ def test_a_run_trains_what_it_must_and_nothing_else(tmp_path, unet):
     for network in (generator, fake_score):
         assert all(not torch.equal(v, before[k]) for k, v in network.state_dict().items() if v.ndim > 1)
     assert set(run.curves) == {"loss_psi", "loss_theta"}
+
+
+@pytest.mark.parametrize("max_weight, expected", [(0.0, 2.0), (12.0, 2.0), (1.0, 3 / 5)])
+def test_a_few_forgotten_prompts_weigh_no_more_than_they_may(tmp_path, unet, monkeypatch, max_weight, expected):
+    """Of three against five retained ones: at lambda 2 each weighs 10 / 3 times as much as one of those."""
+    lambdas = []
+    monkeypatch.setattr(sd_sfd, "total", lambda *args: lambdas.append(args[2]) or total(*args))
+    go(tmp_path, unet, steps=1, lambda_generator=2.0, lambda_fake_score=1.0, max_weight=max_weight)
+    assert lambdas == pytest.approx([1.0, expected])  # psi's is as it was said
 
 
 def test_zero_steps_change_no_bit(tmp_path, unet):
