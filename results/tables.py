@@ -15,18 +15,25 @@ README = HERE.parent / "README.md"
 
 
 def read(folder, pattern="*.json"):
-    """The runs of a folder; they must be of one kind, as one line under the table says for all: the same settings, on the
-    same machine, but for what is to be forgotten, the seed and where a run began."""
+    """The runs of a folder; they must be of one kind, as one line under the table says for all: the same settings and
+    precision, but for what is to be forgotten, the seed and where a run began."""
     runs = [json.loads(path.read_text()) for path in sorted((HERE / folder).glob(pattern))]
 
     def kind(run):
         config = {k: v for k, v in run["config"].items() if k not in ("forget", "seed", "out", "posterior", "init_generator", "init_fake_score")}
-        return config | {"machine": run["machine"], "precision": run["amp"]}
+        return config | {"precision": run["amp"]}
 
     different = {name for run in runs for name, value in kind(run).items() if kind(runs[0]).get(name, value) != value}
     if different:
         sys.exit(f"results/{folder} holds runs of several kinds: they differ in {', '.join(sorted(different))}")
     return runs
+
+
+def where(runs):
+    """The machines, with the seeds that each one ran if there are several."""
+    seeds = {run["machine"]: {r["seed"] for r in runs if r["machine"] == run["machine"]} for run in runs}
+    names = [f"{name} (seed{'s' * (len(of) > 1)} {', '.join(map(str, sorted(of)))})" if len(seeds) > 1 else name for name, of in seeds.items()]
+    return f"machine{'s' * (len(names) > 1)}: {'; '.join(names)}, {runs[0]['amp']}"
 
 
 def spread(values, form):
@@ -60,7 +67,7 @@ def all_classes():
     lines += [
         "",
         f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; {first['images_per_class']} images of each class; {first['config']['steps']} steps; "
-        f"machine: {first['machine']}, {first['amp']}; FID of real test images, for scale: {first['real_test_fid']:.4f} without class {first['forget'][0]}. "
+        f"{where(runs)}; FID of real test images, for scale: {first['real_test_fid']:.4f} without class {first['forget'][0]}. "
         f"Made by `python results/all_classes.py ddpm_sfd`, raw numbers in `results/ddpm_sfd-mnist/`.",
     ]
     return lines
@@ -96,7 +103,7 @@ def vdu():
     lines += [
         "",
         f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; {first['images']:,} images each, from the same noise before and after; "
-        f"undesired images: {first['undesired_from']}; machine: {first['machine']}, {first['amp']}. FID of the teacher's retained images: "
+        f"undesired images: {first['undesired_from']}; {where(runs)}. FID of the teacher's retained images: "
         f"{min(r['teacher_fid'] for r in runs):.3f} to {max(r['teacher_fid'] for r in runs):.3f}; u-FID of all its images: "
         f"{min(r['teacher_u_fid'] for r in runs):.3f} to {max(r['teacher_u_fid'] for r in runs):.3f}. "
         f"Made by `python results/all_classes.py vdu`, raw numbers in `results/vdu-mnist/`.",
@@ -135,7 +142,7 @@ def concepts():
         row(f"**all {len(runs)} runs**", runs),
         "",
         f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; {first['images']:,} pictures a run, {first['images_per_pair']} of each digit in each colour; "
-        f"{first['config']['steps']} steps; machine: {first['machine']}, {first['amp']}. Near: prompts that share a word with the concept; teacher: 50 DDIM steps, guidance 4.5, where the generator learned {first['config']['k_teacher']}. "
+        f"{first['config']['steps']} steps; {where(runs)}. Near: prompts that share a word with the concept; teacher: 50 DDIM steps, guidance 4.5, where the generator learned {first['config']['k_teacher']}. "
         f"Made by `python results/all_classes.py sd_sfd`, raw numbers in `results/sd_sfd-tiny/`.",
     ]
     return lines
