@@ -21,7 +21,7 @@ versions of its own images. Two networks take turns, both begun as copies of the
 Where the two scores agree, the generator draws what the teacher would have drawn: for a retained class the class
 itself, for a forgotten class the safe one. Nothing is left that pulls towards the forgotten class.
 
-Glossary. The labels stand on the lines that do them; (D1) to (D3) are in unet.py.
+Glossary. The labels stand on the lines that do them; (D1) to (D3) and (L1) are in unet.py.
 
     teacher, phi        eps_phi    the frozen diffusion model
     fake_score, psi     eps_psi    tracks the score of the generator's own images                    (S2)
@@ -30,6 +30,7 @@ Glossary. The labels stand on the lines that do them; (D1) to (D3) are in unet.p
     c_fake              c          the label that was asked for; the generator and the fake score see it
     c_teacher           c'         the label that the teacher is asked for: c, or the safe class if c is to be forgotten
     f_phi, f_psi                   what teacher and fake score take x_t for, as clean images         (D3)
+    guidance            k          the teacher's score is taken with classifier-free guidance; 1: without   (L1)
     alpha               alpha      how much of the difference f_phi - f_psi the second factor takes back   (S3)
     w                   w          the generator loss's weight, one for each image                   (S4)
     lambda_*            lambda     the weight of the forgotten class beside the retained ones        (S5)
@@ -37,6 +38,7 @@ Glossary. The labels stand on the lines that do them; (D1) to (D3) are in unet.p
 Tensors are images (B, C, H, W) in [-1, 1], steps t (B,) in 0..999 and labels (B,).
 """
 import copy
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -47,17 +49,17 @@ from eval import evaluate, parse_classes, table
 from features import Judge
 from run import Run, linear_decay, option, parse, refusing
 from samples import balanced_labels, generate, image_grid
-from unet import VPSchedule, ddim_sample, save_unet
+from unet import VPSchedule, ddim_sample, guided_noise, save_unet
 
 # ---------------------------------------------------------------------------- config
 
 OFFICIAL = dict(  # the settings of the official code's CIFAR-10 run
     steps=50_000, batch_size=128, forget_batch_size=128, lr_generator=1e-5, lr_fake_score=1e-5, lr_end=1.0, alpha=1.2,
     lambda_generator=0.01, lambda_fake_score=0.01, t_init=440, t_min=38, t_max=712, ema=0.9999, clip_value=1.0,
-    clip_images="off", classifier="none",
+    guidance=1.0, clip_images="off", classifier="none",
 )
 PRESETS = {
-    "mnist": {},  # the defaults below
+    "mnist": dict(guidance=1.25),  # and the defaults below
     "cifar10": OFFICIAL | dict(teacher="cifar10.safetensors"),
     "stl10": OFFICIAL | dict(teacher="stl10.safetensors", batch_size=64, forget_batch_size=64,
                              lr_fake_score=3e-5),
@@ -80,6 +82,8 @@ class Config:
     lr_end: float = option(0.3, "share of both rates that is left at the end of a linear decay; official: 1, constant",
                            low=0, high=1)
     alpha: float = option(1.2, "alpha of (S3); official: 1.2")
+    guidance: float = option(1.0, "k of (L1), the teacher's guidance towards c'; official: 1, none; the mnist preset: "
+                             "our choice", low=0)
     lambda_generator: float = option(1.0, "lambda of (S5) for theta; official: 0.01", low=0)
     lambda_fake_score: float = option(1.0, "lambda of (S5) for psi; official: 0.01", low=0)
     t_init: int = option(440, "the noise level that the generator works at; official: 440", low=0, high=999)
@@ -197,6 +201,7 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
     state = {"fake_score": fake_score, "generator": generator, "ema": ema, "optimizer_psi": optimizer_psi,
              "optimizer_theta": optimizer_theta, "decay_psi": decays[0], "decay_theta": decays[1]}
     parallel_fake_score, parallel_generator = run.parallel(fake_score), run.parallel(generator)
+    guided_teacher = functools.partial(guided_noise, teacher, guidance=config.guidance)  # (L1) eps_phi^k(x_t, t, c')
 
     def draw_t_and_noise(x):
         return torch.randint(config.t_min, config.t_max, (len(x),), device=x.device), torch.randn_like(x)
@@ -223,7 +228,8 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
         fake_score.eval().requires_grad_(False)
         t, noise = draw_t_and_noise(x_g)
         with run.autocast():
-            loss = generator_loss(teacher, fake_score, x_g, t, c_teacher, c, noise, schedule, config.alpha)  # (S3)
+            loss = generator_loss(
+                guided_teacher, fake_score, x_g, t, c_teacher, c, noise, schedule, config.alpha)  # (S3)
         loss_theta = total(loss, n_retained, config.lambda_generator)  # (S5)
         run.update("loss_theta", loss_theta, generator, optimizer_theta, config.clip_value)
         ema.update_parameters(generator)
