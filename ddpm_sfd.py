@@ -30,7 +30,7 @@ Glossary. The labels stand on the lines that do them; (D1) to (D3) and (L1) are 
     c_fake              c          the label that was asked for; the generator and the fake score see it
     c_teacher           c'         the label that the teacher is asked for: c, or the safe class if c is to be forgotten
     f_phi, f_psi                   what teacher and fake score take x_t for, as clean images         (D3)
-    guidance            k          the teacher's score is taken with classifier-free guidance; 1: without   (L1)
+    guidance, k         k          the teacher's score is taken with classifier-free guidance; 1: without   (L1)
     alpha               alpha      how much of the difference f_phi - f_psi the second factor takes back   (S3)
     w                   w          the generator loss's weight, one for each image                   (S4)
     lambda_*            lambda     the weight of the forgotten class beside the retained ones        (S5)
@@ -56,10 +56,10 @@ from unet import VPSchedule, ddim_sample, guided_noise, save_unet
 OFFICIAL = dict(  # the settings of the official code's CIFAR-10 run
     steps=50_000, batch_size=128, forget_batch_size=128, lr_generator=1e-5, lr_fake_score=1e-5, lr_end=1.0, alpha=1.2,
     lambda_generator=0.01, lambda_fake_score=0.01, t_init=440, t_min=38, t_max=712, ema=0.9999, clip_value=1.0,
-    guidance=1.0, clip_images="off", classifier="none",
+    guidance=1.0, guidance_safe=1.0, clip_images="off", classifier="none",
 )
 PRESETS = {
-    "mnist": dict(guidance=1.35),  # and the defaults below
+    "mnist": dict(guidance=1.35, guidance_safe=2.0),  # and the defaults below
     "cifar10": OFFICIAL | dict(teacher="cifar10.safetensors"),
     "stl10": OFFICIAL | dict(teacher="stl10.safetensors", batch_size=64, forget_batch_size=64,
                              lr_fake_score=3e-5),
@@ -82,8 +82,9 @@ class Config:
     lr_end: float = option(0.1, "share of both rates that is left at the end of a linear decay; official: 1, constant",
                            low=0, high=1)
     alpha: float = option(1.2, "alpha of (S3); official: 1.2")
-    guidance: float = option(1.0, "k of (L1), the teacher's guidance towards c'; official: 1, none; the mnist preset: "
-                             "our choice", low=0)
+    guidance: float = option(1.0, "k of (L1), the teacher's guidance; official: 1, none; the mnist preset: our choice",
+                             low=0)
+    guidance_safe: float = option(1.0, "the same where a forgotten class was asked for, towards the safe one", low=0)
     lambda_generator: float = option(1.0, "lambda of (S5) for theta; official: 0.01", low=0)
     lambda_fake_score: float = option(1.0, "lambda of (S5) for psi; official: 0.01", low=0)
     t_init: int = option(440, "the noise level that the generator works at; official: 440", low=0, high=999)
@@ -201,7 +202,9 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
     state = {"fake_score": fake_score, "generator": generator, "ema": ema, "optimizer_psi": optimizer_psi,
              "optimizer_theta": optimizer_theta, "decay_psi": decays[0], "decay_theta": decays[1]}
     parallel_fake_score, parallel_generator = run.parallel(fake_score), run.parallel(generator)
-    guided_teacher = functools.partial(guided_noise, teacher, guidance=config.guidance)  # (L1) eps_phi^k(x_t, t, c')
+    k = torch.tensor([config.guidance] * n_retained + [config.guidance_safe] * n_forgotten, device=run.device)
+    k = k.view(-1, 1, 1, 1) if (k != 1).any() else 1  # a k for each image, or none at all
+    guided_teacher = functools.partial(guided_noise, teacher, guidance=k)  # (L1) eps_phi^k(x_t, t, c')
 
     def draw_t_and_noise(x):
         return torch.randint(config.t_min, config.t_max, (len(x),), device=x.device), torch.randn_like(x)

@@ -318,8 +318,9 @@ def indexed_noise(seed, indices):
 def guided_noise(unet, x_t, t, c, guidance, null=None):
     """Classifier-free guidance in the convention null + guidance (cond - null): 1 is none, and costs one call.
 
+    guidance: a number, or one for each image, (B, 1, 1, 1).
     null: what "nothing said" is, in the shape of c: the null label if not given; with text, the embedding of ""."""
-    if guidance == 1 or c is None:
+    if c is None or (not torch.is_tensor(guidance) and guidance == 1):
         return unet(x_t, t, c)
     null = torch.full_like(c, unet.null_label) if null is None else null.expand_as(c)
     eps, eps_null = unet(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([c, null])).chunk(2)

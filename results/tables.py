@@ -158,7 +158,8 @@ def two_stage():
         name = {"one-stage": f"one stage, {runs[0]['total_steps']} steps", "two-stage": "distilled first, as many steps in all"}[way]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     teacher = f"the teacher: {100 * mean(run['teacher_retained_accuracy'] for run in runs):.1f}% and {mean(run['teacher_fid'] for run in runs):.3f}"
-    return [*lines, "", f"{len(runs)} seeds; {teacher}; EMA {runs[0]['config']['ema']}. Made by `python results/two_stage.py`, raw numbers in `results/two-stage/`."]
+    guidance = runs[0]["config"].get("guidance", 1.0)  # runs from before that option had none
+    return [*lines, "", f"{len(runs)} seeds; {teacher}; EMA {runs[0]['config']['ema']}, guidance {guidance:g}. Made by `python results/two_stage.py`, raw numbers in `results/two-stage/`."]
 
 
 def step_time():

@@ -214,10 +214,10 @@ def test_fake_score_is_still_while_the_generator_moves(tmp_path, tiny, monkeypat
     assert seen == [(False, False, False, True)] * 2
 
 
-@pytest.mark.parametrize("guidance", [1.0, 1.25])
-def test_the_teacher_is_asked_with_guidance_and_the_fake_score_without(tmp_path, tiny, monkeypatch, guidance):  # (L1)
+@pytest.mark.parametrize("guidance, safe", [(1.0, 1.0), (1.25, 1.25), (1.0, 2.0), (1.25, 2.0)])
+def test_the_teacher_is_asked_with_guidance_and_the_fake_score_without(tmp_path, tiny, monkeypatch, guidance, safe):
     """The loss of a step against (S3) written out from both networks' plain answers, the null label's among them."""
-    seen = []
+    seen, k = [], column(torch.tensor([guidance] * 4 + [safe] * 2))  # (L1)
 
     def spy(guided_teacher, fake_score, x_g, t, c_teacher, c_fake, noise, schedule, alpha):
         loss = generator_loss(guided_teacher, fake_score, x_g, t, c_teacher, c_fake, noise, schedule, alpha)
@@ -225,14 +225,14 @@ def test_the_teacher_is_asked_with_guidance_and_the_fake_score_without(tmp_path,
             a, s = schedule.a(t), schedule.s(t)
             x_t = a * x_g + s * noise
             cond, null = tiny(x_t, t, c_teacher), tiny(x_t, t, torch.full_like(c_teacher, 10))
-            f_phi = (x_t - s * (guidance * cond - (guidance - 1) * null)) / a
+            f_phi = (x_t - s * (k * cond - (k - 1) * null)) / a
             f_psi = (x_t - s * fake_score(x_t, t, c_fake)) / a
             d, w = f_phi - f_psi, 1 / (f_phi - x_g).abs().mean((1, 2, 3))
             seen.append((loss.detach(), w * (d * (f_phi - x_g - alpha * d)).sum((1, 2, 3))))
         return loss
 
     monkeypatch.setattr(ddpm_sfd, "generator_loss", spy)
-    trained(small(tmp_path, guidance=guidance, steps=1), tiny)
+    trained(small(tmp_path, guidance=guidance, guidance_safe=safe, steps=1), tiny)
     [(ours, expected)] = seen
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-2)
 
@@ -310,7 +310,7 @@ def test_presets_carry_the_official_settings():
     """Those of the official code's CIFAR-10 run, and where its STL-10 run differs."""
     official = {"steps": 50_000, "batch_size": 128, "t_init": 440, "t_min": 38, "t_max": 712, "alpha": 1.2, "ema": 0.9999}
     official |= {"lambda_generator": 0.01, "lambda_fake_score": 0.01, "lr_generator": 1e-5, "lr_fake_score": 1e-5}
-    official |= {"forget_batch_size": 128, "clip_value": 1.0, "guidance": 1.0}
+    official |= {"forget_batch_size": 128, "clip_value": 1.0, "guidance": 1.0, "guidance_safe": 1.0}
     cifar10 = vars(parse(Config, "", ddpm_sfd.PRESETS, ["--preset", "cifar10"]))
     assert official.items() <= cifar10.items()
     stl10 = vars(parse(Config, "", ddpm_sfd.PRESETS, ["--preset", "stl10"]))
