@@ -30,7 +30,8 @@ Glossary. The labels stand on the lines that do them; (D1) to (D3) and (L1) are 
     c_fake              c          the label that was asked for; the generator and the fake score see it
     c_teacher           c'         the label that the teacher is asked for: c, or the safe class if c is to be forgotten
     f_phi, f_psi                   what teacher and fake score take x_t for, as clean images         (D3)
-    guidance, k         k          the teacher's score is taken with classifier-free guidance; 1: without   (L1)
+    guidance, k         k          the teacher is asked with classifier-free guidance, eps_phi^k = eps_phi(x_t, t) +
+                                   k (eps_phi(x_t, t, c') - eps_phi(x_t, t)); k = 1: eps_phi itself           (L1)
     alpha               alpha      how much of the difference f_phi - f_psi the second factor takes back   (S3)
     w                   w          the generator loss's weight, one for each image                   (S4)
     lambda_*            lambda     the weight of the forgotten class beside the retained ones        (S5)
@@ -204,7 +205,7 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
     parallel_fake_score, parallel_generator = run.parallel(fake_score), run.parallel(generator)
     k = torch.tensor([config.guidance] * n_retained + [config.guidance_safe] * n_forgotten, device=run.device)
     k = k.view(-1, 1, 1, 1) if (k != 1).any() else 1  # a k for each image, or none at all
-    guided_teacher = functools.partial(guided_noise, teacher, guidance=k)  # (L1) eps_phi^k(x_t, t, c')
+    guided_teacher = functools.partial(guided_noise, teacher, guidance=k)  # eps_phi^k, by (L1)
 
     def draw_t_and_noise(x):
         return torch.randint(config.t_min, config.t_max, (len(x),), device=x.device), torch.randn_like(x)

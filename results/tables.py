@@ -63,13 +63,13 @@ def all_classes():
         lines.append(row(k, [run for run in runs if run["forget"] == [k]]))
     lines.append(row(f"**all {len(runs)} runs**", runs))
     before = read("ddpm_sfd-mnist-unguided")
-    lines.append(row(f"{len(before)} runs of all digits without guidance, {before[0]['config']['steps']} steps", before))
+    lines.append(row(f"{len(before)} runs of all digits at earlier settings, without guidance, {before[0]['config']['steps']} steps", before))
     first = runs[0]
     seeds = sorted({run["seed"] for run in runs})
     lines += [
         "",
-        f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; {first['images_per_class']} images of each class; {first['config']['steps']} steps, guidance {first['config'].get('guidance', 1.0):g} "
-        f"({first['config'].get('guidance_safe', 1.0):g} towards the safe class); {where(runs)}; FID of real test images, for scale: {first['real_test_fid']:.4f} without class {first['forget'][0]}. "
+        f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; {first['images_per_class']} images of each class; {first['config']['steps']} steps, guidance {first['config']['guidance']:g} "
+        f"({first['config']['guidance_safe']:g} towards the safe class); {where(runs)}; FID of real test images, for scale: {first['real_test_fid']:.4f} without class {first['forget'][0]}. "
         f"Made by `python results/all_classes.py ddpm_sfd`, raw numbers in `results/ddpm_sfd-mnist/`.",
     ]
     return lines

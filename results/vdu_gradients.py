@@ -8,7 +8,6 @@ two batches of one digit it says how much of a single step is noise.
 """
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -75,8 +74,7 @@ if __name__ == "__main__":
     out = Path(__file__).with_suffix("")
     table = [[round(value, 4) for value in row] for row in between.tolist()]
     draw(table, out.with_suffix(".png"))
-    flags = [word for word in sys.argv[1:] if not word.startswith("--data") and word != args.data]
     write_json(out.with_suffix(".json"), {
         "between_digits": table, "images_a_digit": args.images, "batch": 512, "between_two_batches": noise, "seed": args.seed,
-        "command": shlex.join(["python", "results/vdu_gradients.py", *flags]), "machine": machine(), "commit": commit()})
+        "command": f"python results/vdu_gradients.py --images {args.images} --seed {args.seed}", "machine": machine(), "commit": commit()})
     print(f"between two batches: {noise}")
