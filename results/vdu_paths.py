@@ -26,7 +26,7 @@ from samples import unconditional_sampler  # noqa: E402
 from unet import VPSchedule, load_unet  # noqa: E402
 from vdu import Config, read_posterior, train, undesired_images  # noqa: E402
 
-STEPS = (15, 25, 40)
+STEPS = (20, 40)
 SETTINGS = {  # what differs from the defaults
     "default": {},
     "gamma-0.5-batch-256": dict(gamma=0.5, batch_size=256),
@@ -75,11 +75,11 @@ def draw(paths):
     figure = matplotlib.figure.Figure(figsize=(13, 5), layout="constrained")
     for axes, forget in zip(figure.subplots(2, 5, sharex=True, sharey=True).flat, digits):
         axes.fill_between([90, 100], 0.3, 2, color="tab:green", alpha=0.25, linewidth=0)
-        for n, setting in enumerate(SETTINGS):
+        for n, setting in enumerate(s for s in SETTINGS if (forget, s) in paths):
             points = paths[forget, setting]["points"]
             x = [100 * p["pul"] for p in points]
             y = [p["u_fid"] / p["teacher_u_fid"] for p in points]
-            axes.plot(x, y, color=f"C{n}", label=setting.replace("-", " "))
+            axes.plot([0, *x], [1, *y], color=f"C{n}", label=setting.replace("-", " "))  # from the teacher
             full = [f"C{n}" if reaches(p)[2] else "white" for p in points]
             axes.scatter(x, y, c=full, edgecolors=f"C{n}", zorder=3, s=25)
         axes.set(title=f"forgetting {forget}", yscale="log", xlim=(0, 103), ylim=(0.3, 12))
@@ -105,5 +105,5 @@ if __name__ == "__main__":
             for p in json.loads(target.read_text())["points"]:
                 print(f"{target.stem}, {p['steps']} steps: PUL {p['pul']:.1%}, u-FID {p['u_fid'] / p['teacher_u_fid']:.2f} times "
                       f"the teacher's, confidence {100 * (p['confidence'] - p['teacher_confidence']):+.1f}  {p['counts']}", flush=True)
-    files = [json.loads(path.read_text()) for path in sorted(OUT.glob("*.json"))]
-    draw({(file["forget"], file["setting"]): file for file in files})
+        files = [json.loads(path.read_text()) for path in sorted(OUT.glob("*.json"))]
+        draw({(file["forget"], file["setting"]): file for file in files})
