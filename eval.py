@@ -119,6 +119,9 @@ def evaluate(sample, nfe, judge, unet, forget, per_class, seed, teacher_sample=N
                      "preprocessing": "clipped to [-1, 1], rounded to 8 bits, real and generated alike"}
 
 
+TEACHERS_SEEN = {}  # classifier, teacher and protocol -> moments and confidence: its images are drawn once a process
+
+
 def evaluate_unconditional(sample, judge, forget, n=2000, teacher=None, teacher_sample=None, dtype=None, seed=0):
     """Draw `n` images without labels with `sample` (z, c, noise) -> images, and compare them with the teacher's from
     the same noise: PUL, u-FID and the classifier's confidence, as a dictionary for metrics.json.
@@ -129,7 +132,7 @@ def evaluate_unconditional(sample, judge, forget, n=2000, teacher=None, teacher_
     balanced_fid  the same with all retained classes weighed alike, in the images and in the reference: what is left of
                   u_fid when it does not count how often each class is drawn. A class never drawn counts as features 0
     teacher, teacher_sample: the network and its sampler. The shipped teacher's numbers come with the statistics when n,
-    seed and dtype, the samplers', are those of the statistics; otherwise its images are drawn too.
+    seed and dtype, the samplers', are those of the statistics; otherwise its images are drawn too, once a process.
     """
     batch, sampler_dtype = 100, str(dtype or torch.float32).removeprefix("torch.")
     kept = [k for k in range(10) if k not in forget]
@@ -137,14 +140,20 @@ def evaluate_unconditional(sample, judge, forget, n=2000, teacher=None, teacher_
     features, probabilities = judge(images)
     counts = probabilities.argmax(1).bincount(minlength=10)
     known = judge.facts["unconditional"]
-    before, confidence = judge.statistics["unconditional"], known["confidence"]
     mine = {"sha256": teacher.path and checksum(teacher.path), "images": n, "evaluation_seed": seed,
             "sampler_dtype": sampler_dtype}
-    if mine != {key: known[key] for key in mine}:
+    key = (judge.facts["classifier_sha256"], *mine.values())
+    if mine == {name: known[name] for name in mine}:
+        before, confidence = judge.statistics["unconditional"], known["confidence"]
+    elif key in TEACHERS_SEEN:
+        before, confidence = TEACHERS_SEEN[key]
+    else:
         its_images, _ = generate(teacher_sample, n, (1, 28, 28), seed, judge.device, batch, "teacher")
         its_features, its_probabilities = judge(its_images)
         before = class_moments(its_features, its_probabilities.argmax(1))
         confidence = mean_confidence(its_probabilities)
+        if teacher.path:  # a network in no file could be any
+            TEACHERS_SEEN[key] = before, confidence
 
     after = class_moments(features, probabilities.argmax(1))
     real = pool(*(x[kept] for x in judge.statistics["train"]))

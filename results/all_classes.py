@@ -6,17 +6,23 @@ python results/all_classes.py sd_sfd               # into results/sd_sfd-tiny/: 
 """
 
 import argparse
+import contextlib
+import importlib
 import json
+import multiprocessing
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from run import parse  # noqa: E402
+
 SHOWN = {  # the numbers of one run that are worth a line
     "ddpm_sfd": "ua retained_accuracy teacher_retained_accuracy fid teacher_fid seconds",
     "vdu": "pul u_fid teacher_fid confidence teacher_confidence training_seconds",
@@ -27,16 +33,18 @@ CONCEPTS = ["zero", "three", "seven", "red", "blue", "yellow", "red three", "gre
 
 
 def one(job):
-    method, k, seed, out, env = job
+    """One run, in this process: the next one finds the teacher's images seen already. The JSON is the run's own."""
+    method, k, seed, out = job
     target = out / f"forget{k.replace(' ', '-')}-seed{seed}.json"
     if target.exists():
         return
     folder = Path(tempfile.mkdtemp()) / "run"
-    words = [f"{method}.py", "--forget", k, "--seed", str(seed)]
-    command = [sys.executable, str(ROOT / words[0]), *words[1:], "--out", str(folder)]
-    subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)  # where data/ may lie
+    words, module = ["--forget", k, "--seed", str(seed)], importlib.import_module(method)
+    os.chdir(ROOT)  # where data/ may lie
+    with contextlib.redirect_stdout(None):
+        module.main(parse(module.Config, module.__doc__, module.PRESETS, [*words, "--out", str(folder)]))
     metrics = json.loads((folder / "metrics.json").read_text())
-    metrics["command"] = shlex.join(["python", *words])  # as one would type it
+    metrics["command"] = shlex.join(["python", f"{method}.py", *words])  # as one would type it
     metrics["config"]["out"] = ""
     target.write_text(json.dumps(metrics, indent=2) + "\n")
     print(f"forget {k} seed {seed}: ", *(f"{name} {metrics[name]:.4g}" for name in SHOWN[method].split()), flush=True)
@@ -54,9 +62,10 @@ def main():
     classes = args.classes or (CONCEPTS if tiny else CLASSES)
     out = ROOT / "results" / f"{args.method}-{'tiny' if tiny else 'mnist'}"
     out.mkdir(parents=True, exist_ok=True)
-    env = os.environ | ({"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))} if args.jobs > 1 else {})
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(one, [(args.method, k, seed, out, env) for seed in args.seeds for k in classes]))
+    if args.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.jobs))  # of the processes to come
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(one, [(args.method, k, seed, out) for seed in args.seeds for k in classes]))
 
 
 if __name__ == "__main__":

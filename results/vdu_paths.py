@@ -35,8 +35,8 @@ SETTINGS = {  # what differs from the defaults
 KEPT = "pul u_fid teacher_u_fid teacher_fid balanced_fid teacher_balanced_fid confidence teacher_confidence counts teacher_counts".split()
 
 
-def path_of(forget, setting, n, remembered):
-    """One way, as a dictionary for a JSON. remembered: the teacher's images, which are the same for all."""
+def path_of(forget, setting, n):
+    """One way, as a dictionary for a JSON."""
     teacher, schedule = load_unet("mnist-unconditional"), VPSchedule.linear()
     folder = tempfile.TemporaryDirectory()
     points = []
@@ -47,14 +47,7 @@ def path_of(forget, setting, n, remembered):
         images, origin = undesired_images("data", [forget], unet.image_shape, config.images, config.seed)
         train(config, run, unet, read_posterior("mnist-unconditional-posterior", unet), images, schedule)
         after, before = (unconditional_sampler(network, schedule, run.dtype) for network in (unet, teacher))
-
-        def teacher_sample(z, c=None, noise=None):
-            key = tuple(z.flatten()[:4].tolist())  # the batch, by its noise
-            if key not in remembered:
-                remembered[key] = before(z)
-            return remembered[key]
-
-        result = evaluate_unconditional(after, Judge(unet), [forget], n, teacher, teacher_sample, run.dtype)
+        result = evaluate_unconditional(after, Judge(unet), [forget], n, teacher, before, run.dtype)
         points.append({"steps": steps, "growth": run.curves["growth"][-1], "training_seconds": run.seconds}
                       | {key: result[key] for key in KEPT})
     run.finish({"forget": forget, "images": n, "undesired_from": origin, "points": points})
@@ -96,12 +89,11 @@ if __name__ == "__main__":
     parser.add_argument("--eval-images", type=int, default=400)
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    remembered = {}
     for setting in SETTINGS:
         for forget in args.forget:
             target = OUT / f"forget{forget}-{setting}.json"
             if not target.exists():
-                write_json(target, path_of(forget, setting, args.eval_images, remembered))
+                write_json(target, path_of(forget, setting, args.eval_images))
             for p in json.loads(target.read_text())["points"]:
                 print(f"{target.stem}, {p['steps']} steps: PUL {p['pul']:.1%}, u-FID {p['u_fid'] / p['teacher_u_fid']:.2f} times "
                       f"the teacher's, confidence {100 * (p['confidence'] - p['teacher_confidence']):+.1f}  {p['counts']}", flush=True)
