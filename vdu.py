@@ -27,7 +27,7 @@ one width, is the distance between their means in units of sigma*: that is (V4),
 a weight move if independent trainings disagree on it, and holds it if they agree. (V5) mixes the two.
 
 How far? (V3) has no lower bound: left alone it ends in a network that draws nothing. We walk down (V5) by the natural
-gradient of q, in short steps, and stop when the error on some of D_f has grown by a quarter.
+gradient of q, in short steps, and stop when the error on some of D_f has grown by a fifth.
 
 Glossary. The labels stand on the lines that do them; (D1) to (D3) are in unet.py.
 
@@ -67,7 +67,7 @@ from unet import VPSchedule, ddim_sample, load_unet, read_tensors, save_unet
 # ---------------------------------------------------------------------------- config
 
 PRESETS = {
-    "mnist": {},  # the defaults below
+    "mnist": dict(gamma=0.5, batch_size=256, stop_at=1.2),  # and the defaults below
     "tiny-sd": dict(sd="tiny-sd", forget="red", steps=100, stop_at=12.0, lr=4.0, t_max=900),
 }
 

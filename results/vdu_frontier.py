@@ -61,6 +61,7 @@ def vdu(words):
     return result
 
 
+START = "--gamma 0.7 --batch-size 64 --stop-at 1.25"  # what the points were made with; the preset has moved on since
 # what moves along a curve -> its name, and its points: what is written beside them, and the flags of vdu.py
 TERMS = {
     "gamma": ("gamma moves, 30 steps", [(g, f"--stop-at 0 --steps 30 --gamma {g}") for g in (0.5, 0.8, 0.85, 0.9, 0.95)]),
@@ -83,7 +84,7 @@ def point(forget, name, flags):
     """The JSON of one run, from disk if it is there."""
     target = OUT / f"forget{forget}-{name}.json"
     if not target.exists():
-        common = f"--forget {forget} --eval-images {args.eval_images}"
+        common = f"--forget {forget} --eval-images {args.eval_images} {START}"
         result = fine_tune(forget, flags, args.eval_images) if "finetune" in name else vdu(f"{common} {flags}")
         target.write_text(json.dumps(result, indent=2) + "\n")
     result = json.loads(target.read_text())

@@ -27,10 +27,9 @@ from unet import VPSchedule, load_unet  # noqa: E402
 from vdu import Config, read_posterior, train, undesired_images  # noqa: E402
 
 STEPS = (20, 40)
-SETTINGS = {  # what differs from the defaults
+SETTINGS = {  # what differs from the options' defaults; the second is the mnist preset's since
     "default": {},
     "gamma-0.5-batch-256": dict(gamma=0.5, batch_size=256),
-    "gamma-0.5": dict(gamma=0.5),
 }
 KEPT = "pul u_fid teacher_u_fid teacher_fid balanced_fid teacher_balanced_fid confidence teacher_confidence counts teacher_counts".split()
 
@@ -69,10 +68,10 @@ def draw(paths):
     for axes, forget in zip(figure.subplots(2, 5, sharex=True, sharey=True).flat, digits):
         axes.fill_between([90, 100], 0.3, 2, color="tab:green", alpha=0.25, linewidth=0)
         for n, setting in enumerate(s for s in SETTINGS if (forget, s) in paths):
-            points = paths[forget, setting]["points"]
+            points, config = paths[forget, setting]["points"], paths[forget, setting]["config"]
             x = [100 * p["pul"] for p in points]
             y = [p["u_fid"] / p["teacher_u_fid"] for p in points]
-            axes.plot([0, *x], [1, *y], color=f"C{n}", label=setting.replace("-", " "))  # from the teacher
+            axes.plot([0, *x], [1, *y], color=f"C{n}", label=f"gamma {config['gamma']}, batch {config['batch_size']}")
             full = [f"C{n}" if reaches(p)[2] else "white" for p in points]
             axes.scatter(x, y, c=full, edgecolors=f"C{n}", zorder=3, s=25)
         axes.set(title=f"forgetting {forget}", yscale="log", xlim=(0, 103), ylim=(0.3, 12))
