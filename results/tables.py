@@ -98,13 +98,18 @@ def vdu():
             f"| {spread([run['training_seconds'] for run in group], '{:.0f}')} |"
         )
 
+    def settings(run):
+        return f"gamma {run['config']['gamma']}, batches of {run['config']['batch_size']}, end at growth {run['config']['stop_at']}"
+
     for k in sorted({run["forget"][0] for run in runs}):
         lines.append(row(k, [run for run in runs if run["forget"] == [k]]))
     lines.append(row(f"**all {len(runs)} runs**", runs))
+    before = read("vdu-mnist-gamma-0.7")
+    lines.append(row(f"{len(before)} runs of all digits at earlier settings, {settings(before[0])}", before))
     first, seeds = runs[0], sorted({run["seed"] for run in runs})
     lines += [
         "",
-        f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; {first['images']:,} images each, from the same noise before and after; "
+        f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; {settings(first)}; {first['images']:,} images each, from the same noise before and after; "
         f"undesired images: {first['undesired_from']}; {where(runs)}. FID of the teacher's retained images: "
         f"{min(r['teacher_fid'] for r in runs):.3f} to {max(r['teacher_fid'] for r in runs):.3f}; u-FID of all its images: "
         f"{min(r['teacher_u_fid'] for r in runs):.3f} to {max(r['teacher_u_fid'] for r in runs):.3f}. "
