@@ -2,7 +2,7 @@
 
 python results/vdu_paths.py        # vdu-paths/ and vdu_paths.png; what is there already is kept; needs MNIST in data/
 
-Along each way the unlearned network is judged after some steps, at several settings. The green corner is what is aimed
+Along each way the unlearned network is judged after some steps, at several settings: (V3) as it is, or by its tangent, (V6). The green corner is what is aimed
 for: PUL at least 90%, u-FID at most twice the teacher's. A point is full where the confidence is within 4 points of its.
 """
 
@@ -26,10 +26,10 @@ from samples import unconditional_sampler  # noqa: E402
 from unet import VPSchedule, load_unet  # noqa: E402
 from vdu import Config, read_posterior, train, undesired_images  # noqa: E402
 
-STEPS = (20, 40)
-SETTINGS = {  # what differs from the options' defaults; the second is the mnist preset's since
-    "default": {},
-    "gamma-0.5-batch-256": dict(gamma=0.5, batch_size=256),
+SETTINGS = {  # what differs from the options' defaults, and the steps after which it is judged; the last is the mnist preset's
+    "default": ({}, (20, 40)),
+    "gamma-0.5-batch-256": (dict(gamma=0.5, batch_size=256), (20, 40)),
+    "tangent": (dict(plasticity="tangent", gamma=0.3, batch_size=256), (20, 30, 40, 50)),
 }
 KEPT = "pul u_fid teacher_u_fid teacher_fid balanced_fid teacher_balanced_fid confidence teacher_confidence counts teacher_counts".split()
 
@@ -39,9 +39,10 @@ def path_of(forget, setting, n):
     teacher, schedule = load_unet("mnist-unconditional"), VPSchedule.linear()
     folder = tempfile.TemporaryDirectory()
     points = []
-    for steps in STEPS:  # each goes on where the last one ended
+    words, stations = SETTINGS[setting]
+    for steps in stations:  # each goes on where the last one ended
         config = Config(forget=str(forget), steps=steps, stop_at=0, resume=bool(points), out=f"{folder.name}/run",
-                        **SETTINGS[setting])
+                        **words)
         run, unet = Run(config, ""), load_unet("mnist-unconditional")
         images, origin = undesired_images("data", [forget], unet.image_shape, config.images, config.seed)
         train(config, run, unet, read_posterior("mnist-unconditional-posterior", unet), images, schedule)
@@ -61,6 +62,10 @@ def reaches(point):
             abs(point["confidence"] - point["teacher_confidence"]) <= 0.04)
 
 
+def name_of(config):
+    return f"{config.get('plasticity', 'full')}, gamma {config['gamma']}, batch {config['batch_size']}"
+
+
 def draw(paths):
     """A panel a digit, a line a setting. paths: (digit, setting) -> dictionary."""
     digits = sorted({forget for forget, _ in paths})
@@ -71,7 +76,7 @@ def draw(paths):
             points, config = paths[forget, setting]["points"], paths[forget, setting]["config"]
             x = [100 * p["pul"] for p in points]
             y = [p["u_fid"] / p["teacher_u_fid"] for p in points]
-            axes.plot([0, *x], [1, *y], color=f"C{n}", label=f"gamma {config['gamma']}, batch {config['batch_size']}")
+            axes.plot([0, *x], [1, *y], color=f"C{n}", label=name_of(config))
             full = [f"C{n}" if reaches(p)[2] else "white" for p in points]
             axes.scatter(x, y, c=full, edgecolors=f"C{n}", zorder=3, s=25)
         axes.set(title=f"forgetting {forget}", yscale="log", xlim=(0, 103), ylim=(0.3, 12))

@@ -19,7 +19,16 @@ from features import load_classifier, look
 from run import Run, checksum, parse
 from stable_diffusion import load_stable_diffusion
 from unet import VPSchedule, load_unet, save_unet, write_tensors
-from vdu import Config, plasticity_inducer, posterior, read_posterior, stability_regularizer, train, undesired_images
+from vdu import (
+    Config,
+    plasticity_inducer,
+    posterior,
+    read_posterior,
+    stability_regularizer,
+    tangent,
+    train,
+    undesired_images,
+)
 
 SCHEDULE = VPSchedule.linear()
 BETA = np.linspace(1e-4, 0.02, 1000)
@@ -87,6 +96,71 @@ def test_stability_and_its_gradient_are_zero_at_the_mean():
     B = stability_regularizer(net, mean, {k: torch.full_like(p, 1e-8) for k, p in net.named_parameters()})
     B.backward()
     assert B.item() == 0 and not net.weight.grad.any() and not net.bias.grad.any()
+
+
+class Small(torch.nn.Module):
+    """A curved network in float64, as U-Nets compute their time embedding in float32."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(65, 20), torch.nn.Tanh(), torch.nn.Linear(20, 64)).double()
+
+    def forward(self, x, t):
+        return self.layers(torch.cat([x.flatten(1), t[:, None] / 1000], dim=1)).view_as(x)
+
+
+def moved_from(at, seed=1, far=0.1):
+    """A copy of `at` whose weights lie a little beside its own, and `at`'s as name -> tensor."""
+    torch.manual_seed(seed)
+    unet, mean = copy.deepcopy(at), {name: p.detach().clone() for name, p in at.named_parameters()}
+    with torch.no_grad():
+        for p in unet.parameters():
+            p += far * torch.randn_like(p)
+    return unet, mean
+
+
+def undesired_batch(dtype=torch.float64):
+    torch.manual_seed(0)
+    return torch.rand(4, 1, 8, 8, dtype=dtype) * 2 - 1, torch.tensor([50, 300, 600, 900]), torch.randn(4, 1, 8, 8, dtype=dtype)
+
+
+def test_tangent_is_value_and_slope_at_the_mean():  # (V6)
+    """Against the slope by finite differences, from values at mu* and beside it alone."""
+    at = Small()
+    unet, mean = moved_from(at)
+
+    def value(share):  # (V3) on the way from mu* to theta
+        between = copy.deepcopy(at)
+        with torch.no_grad():
+            for p, theta, name in zip(between.parameters(), unet.parameters(), mean):
+                p.copy_(mean[name] + share * (theta - mean[name]))
+            return plasticity_inducer(between, *undesired_batch(), SCHEDULE).mean().item()
+
+    slope = (value(1e-4) - value(-1e-4)) / 2e-4
+    A = tangent(plasticity_inducer(at, *undesired_batch(), SCHEDULE), at, unet, mean)
+    assert A.shape == () and A.item() == pytest.approx(value(0) + slope, rel=1e-6)
+    assert abs(slope) > 1e-3 * abs(value(0)) and value(1) != pytest.approx(A.item(), rel=1e-3)  # it is no straight line
+
+
+def test_with_the_tangent_the_loss_has_its_minimum_where_algebra_says():  # (V6) in (V5)
+    """Where (1 - gamma) grad A(mu*) + gamma (theta - mu*) / sigma*^2 is nothing: a network of weights there is not moved."""
+    at, gamma = Small(), 0.3
+    unet, mean = moved_from(at)
+    variance = {name: torch.rand_like(p) * 1e-6 for name, p in mean.items()}
+    plasticity_inducer(at, *undesired_batch(), SCHEDULE, weighting="simple").mean().backward()
+    with torch.no_grad():
+        for (name, theta), p in zip(unet.named_parameters(), at.parameters()):
+            theta.copy_(mean[name] - (1 - gamma) / gamma * variance[name] * p.grad)
+
+    def gradients(part):
+        unet.zero_grad()
+        A = tangent(plasticity_inducer(at, *undesired_batch(), SCHEDULE, weighting="simple"), at, unet, mean)
+        B = stability_regularizer(unet, mean, variance)
+        {"A": A, "loss": (1 - gamma) * A + gamma * B}[part].backward()
+        return torch.cat([p.grad.flatten() for p in unet.parameters()])
+
+    assert gradients("loss").norm() < 1e-9 * gradients("A").norm()
 
 
 def test_posterior_is_mean_and_unbiased_variance():
@@ -157,6 +231,20 @@ def test_plasticity_alone_raises_the_error_on_the_undesired_images(tmp_path):
     run, before, after = run_of(tmp_path, "run", gamma=0.0)
     assert error(after) > 1.05 * error(before)
     assert len(run.curves["plasticity"]) == 6 and run.curves["stability"][0] == 0 < run.curves["stability"][-1]
+
+
+def test_the_tangent_takes_the_first_step_of_the_whole_and_then_its_own_way(tmp_path):
+    """The slope is the same at mu* alone. And a tangent's run resumes in the same bits."""
+    words = {"optimizer": "natural", "lr": 0.3, "gamma": 0.0}
+    for steps, same in ((1, True), (4, False)):
+        (_, _, full), (_, _, straight) = (run_of(tmp_path, f"{kind}{steps}", plasticity=kind, steps=steps, **words)
+                                          for kind in ("full", "tangent"))
+        close = [torch.allclose(p, q, rtol=1e-4, atol=1e-8) for p, q in zip(full.parameters(), straight.parameters())]
+        assert all(close) == same
+    run, _, whole = run_of(tmp_path, "whole", plasticity="tangent", **words)
+    run_of(tmp_path, "halves", plasticity="tangent", **words | {"steps": 3})
+    _, _, resumed = run_of(tmp_path, "halves", plasticity="tangent", resume=True, **words)
+    assert same_bits(whole, resumed) and run.curves["growth"][-1] > 1.01
 
 
 def test_gamma_and_narrow_sigmas_hold_the_weights(tmp_path):
@@ -250,7 +338,7 @@ def spy(unet, x0, t, noise, *rest):
 
 
 vdu.plasticity_inducer = spy
-config = vdu.Config(steps=2, batch_size=4, lr=0.3, gamma=0.5, stop_at=0.0, t_min=0, t_max=1000, amp="off", out={out!r})
+config = vdu.Config(steps=2, batch_size=4, lr=0.3, gamma=0.5, stop_at=0.0, t_min=0, t_max=1000, amp="off", out={out!r}, plasticity={plasticity!r})
 run = Run(config, "")
 own_random_state = torch.get_rng_state()
 unet = random_unet(image_size=8, attention_at=(4,), num_classes=None)
@@ -264,13 +352,14 @@ torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes_step_down_the_gradient_of_both_batches(tmp_path, monkeypatch):
+@pytest.mark.parametrize("plasticity", ["full", "tangent"])
+def test_two_processes_step_down_the_gradient_of_both_batches(tmp_path, monkeypatch, plasticity):
     """The same bits in both processes and in a second run, and those of one process, up to rounding, when it is given
     the images, steps and noise that the two have drawn."""
     saved = {}
     for name in ("first", "second"):
         script = tmp_path / f"{name}.py"
-        script.write_text(IN_PARALLEL.format(root=str(ROOT), out=str(tmp_path / name)))
+        script.write_text(IN_PARALLEL.format(root=str(ROOT), out=str(tmp_path / name), plasticity=plasticity))
         process = python(str(script), tmp_path, processes=2, env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert process.returncode == 0, process.stderr
         saved |= {(name, rank): torch.load(tmp_path / name / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)}
@@ -286,7 +375,7 @@ def test_two_processes_step_down_the_gradient_of_both_batches(tmp_path, monkeypa
         return original(unet, *(both.pop(0) if torch.is_grad_enabled() else (x0, t, noise)), *rest)
 
     monkeypatch.setattr(vdu, "plasticity_inducer", replay)
-    _, before, alone = run_of(tmp_path, "alone", steps=2, lr=0.3, gamma=0.5, optimizer="natural")
+    _, before, alone = run_of(tmp_path, "alone", steps=2, lr=0.3, gamma=0.5, optimizer="natural", plasticity=plasticity)
     assert not both and not same_bits(before, alone)
     for name, weight in alone.state_dict().items():
         moved = (weight - before.state_dict()[name]).abs().max()
