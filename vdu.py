@@ -71,7 +71,7 @@ from unet import VPSchedule, ddim_sample, load_unet, read_tensors, save_unet
 # ---------------------------------------------------------------------------- config
 
 PRESETS = {
-    "mnist": dict(plasticity="tangent", gamma=0.3, batch_size=256, stop_at=1.2),  # and the defaults below
+    "mnist": dict(images=0, plasticity="tangent", gamma=0.3, batch_size=256, stop_at=1.2),  # and the defaults below
     "tiny-sd": dict(sd="tiny-sd", forget="red", steps=100, stop_at=12.0, lr=4.0, t_max=900),
 }
 
@@ -87,7 +87,7 @@ class Config:
     data: str = option("auto", "the undesired images: a folder with MNIST, CIFAR-10, tiny ImageNet or pictures; "
                                "teacher: drawn from the class-conditional one, or by --sd itself from its prompts; "
                                "auto: data/, a download, else teacher; with --sd as teacher")
-    images: int = option(100, "how many undesired images are at hand; 0: as many as --data has", low=0)
+    images: int = option(100, "how many undesired images are at hand; 0: all that --data has, or 100 drawn", low=0)
     teacher: str = option("mnist-unconditional", "a shipped name, a file, a URL or hub:ORG/NAME; see convert.py")
     posterior: str = option("auto", "the variance of the teacher's weights: a shipped name, a file, or the files of K "
                             ">= 2 teachers to take it from; auto: what ships for the shipped ones", nargs="+")
@@ -271,7 +271,7 @@ def undesired_images(source, forget, shape, n=0, seed=0):
             images, origin = undesired_images("teacher", forget, shape, n, seed)
             return images, f"no MNIST in data/ and no download, so {origin}; --data names a folder with real ones"
     if source == "teacher":
-        teacher, n = load_unet("mnist"), n or 1000
+        teacher, n = load_unet("mnist"), n or 100
         if teacher.image_shape != shape or max(forget) >= teacher.num_classes:
             raise ValueError(f"the shipped teacher draws the classes 0..9 of {teacher.image_shape}, not class "
                              f"{max(forget)} of {shape}; --data names a folder with real images")
@@ -317,7 +317,7 @@ def undesired_pictures(config, sd, concept):
     if config.data not in ("auto", "teacher"):
         pictures, origin = undesired_images(config.data, [0], (3, side, side), config.images, config.seed)
         return pictures, [config.prompt or concept] * len(pictures), origin
-    prompts, n = [prompt for prompt in every_prompt() if contains(prompt, concept)], config.images or 1000
+    prompts, n = [prompt for prompt in every_prompt() if contains(prompt, concept)], config.images or 100
     if config.sd != "tiny-sd" or not prompts:
         raise ValueError(f"--forget {concept!r} is in no prompt of the tiny model; --data names a folder of pictures")
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed)).tolist()

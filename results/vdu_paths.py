@@ -29,7 +29,7 @@ from vdu import Config, read_posterior, train, undesired_images  # noqa: E402
 SETTINGS = {  # what differs from the options' defaults, and the steps after which it is judged; the last is the mnist preset's
     "default": ({}, (20, 40)),
     "gamma-0.5-batch-256": (dict(gamma=0.5, batch_size=256), (20, 40)),
-    "tangent": (dict(plasticity="tangent", gamma=0.3, batch_size=256), (20, 30, 40, 50)),
+    "tangent": (dict(images=0, plasticity="tangent", gamma=0.3, batch_size=256), (30, 40, 50)),
 }
 KEPT = "pul u_fid teacher_u_fid teacher_fid balanced_fid teacher_balanced_fid confidence teacher_confidence counts teacher_counts".split()
 
@@ -63,7 +63,7 @@ def reaches(point):
 
 
 def name_of(config):
-    return f"{config.get('plasticity', 'full')}, gamma {config['gamma']}, batch {config['batch_size']}"
+    return f"{config.get('plasticity', 'full')}, gamma {config['gamma']}, batch {config['batch_size']}, {config['images'] or 'all'} images"
 
 
 def draw(paths):
