@@ -99,18 +99,20 @@ def vdu():
         )
 
     def settings(run):
-        return f"gamma {run['config']['gamma']}, batches of {run['config']['batch_size']}, end at growth {run['config']['stop_at']}"
+        config = run["config"]
+        return (f"(V3) {'by its tangent' if config.get('plasticity') == 'tangent' else 'as it is'}, gamma {config['gamma']}, "
+                f"{run['undesired_images'] if config['images'] else 'all'} undesired images, batches of {config['batch_size']}, end at growth {config['stop_at']}")
 
     for k in sorted({run["forget"][0] for run in runs}):
         lines.append(row(k, [run for run in runs if run["forget"] == [k]]))
     lines.append(row(f"**all {len(runs)} runs**", runs))
-    before = read("vdu-mnist-gamma-0.7")
-    lines.append(row(f"{len(before)} runs of all digits at earlier settings, {settings(before[0])}", before))
+    for before in (read("vdu-mnist-gamma-0.5"), read("vdu-mnist-gamma-0.7")):
+        lines.append(row(f"{len(before)} runs of all digits at earlier settings, {settings(before[0])}", before))
     first, seeds = runs[0], sorted({run["seed"] for run in runs})
     lines += [
         "",
         f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; {settings(first)}; {first['images']:,} images each, from the same noise before and after; "
-        f"undesired images: {first['undesired_from']}; {where(runs)}. FID of the teacher's retained images: "
+        f"{where(runs)}. FID of the teacher's retained images: "
         f"{min(r['teacher_fid'] for r in runs):.3f} to {max(r['teacher_fid'] for r in runs):.3f}; u-FID of all its images: "
         f"{min(r['teacher_u_fid'] for r in runs):.3f} to {max(r['teacher_u_fid'] for r in runs):.3f}. "
         f"Made by `python results/all_classes.py vdu`, raw numbers in `results/vdu-mnist/`.",
