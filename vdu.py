@@ -220,7 +220,9 @@ def train(config, run, unet, variance, images, schedule, texts=None):
         t = torch.randint(config.t_min, config.t_max, (n,), device=run.device)
         return images[pick], t, torch.randn_like(images[pick]), None if texts is None else texts[pick]
 
-    *probe, probe_text = draw(64)  # the same throughout: its error shows the change in theta alone
+    x0, _, noise, probe_text = draw(128)
+    evenly = torch.linspace(config.t_min, config.t_max - 1, 128, device=run.device).long()
+    probe = x0, evenly, noise  # the same throughout: its error shows the change in theta alone
 
     @torch.no_grad()
     def probe_error():

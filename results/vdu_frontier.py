@@ -61,7 +61,7 @@ def vdu(words):
     return result
 
 
-START = "--gamma 0.7 --batch-size 64 --stop-at 1.25"  # what the points were made with; the preset has moved on since
+START = "--plasticity full --images 100 --gamma 0.7 --batch-size 64 --stop-at 1.25"  # what the points were made with; the preset has moved on since
 # what moves along a curve -> its name, and its points: what is written beside them, and the flags of vdu.py
 TERMS = {
     "gamma": ("gamma moves, 30 steps", [(g, f"--stop-at 0 --steps 30 --gamma {g}") for g in (0.5, 0.8, 0.85, 0.9, 0.95)]),

@@ -298,6 +298,21 @@ def test_it_ends_when_the_error_has_grown_enough(tmp_path):
         assert run.step == 10 and same_bits(stopped, resumed)
 
 
+def test_the_end_is_judged_on_the_same_images_at_steps_from_the_whole_range(tmp_path, monkeypatch):
+    probes, original = [], vdu.plasticity_inducer
+
+    def spy(unet, x0, t, noise, *rest):
+        if not torch.is_grad_enabled():
+            probes.append((x0, t, noise))
+        return original(unet, x0, t, noise, *rest)
+
+    monkeypatch.setattr(vdu, "plasticity_inducer", spy)
+    run_of(tmp_path, "run", steps=3, t_min=200, t_max=701)
+    assert len(probes) == 4 and all(torch.equal(a, b) for probe in probes for a, b in zip(probe, probes[0]))
+    t = probes[0][1]
+    assert t.min() == 200 and t.max() == 700 and t.diff().max() <= 4
+
+
 def test_natural_gradient_resumes_in_the_same_bits(tmp_path):
     words = {"gamma": 0.5, "optimizer": "natural", "lr": 0.3}
     _, before, whole = run_of(tmp_path, "whole", **words)
