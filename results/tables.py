@@ -106,8 +106,9 @@ def vdu():
     for k in sorted({run["forget"][0] for run in runs}):
         lines.append(row(k, [run for run in runs if run["forget"] == [k]]))
     lines.append(row(f"**all {len(runs)} runs**", runs))
-    for before in (read("vdu-mnist-gamma-0.5"), read("vdu-mnist-gamma-0.7")):
-        lines.append(row(f"{len(before)} runs of all digits at earlier settings, {settings(before[0])}", before))
+    for folder, more in (("64-probes", ", judged on 64 images at random steps"), ("gamma-0.5", ""), ("gamma-0.7", "")):
+        before = read(f"vdu-mnist-{folder}")
+        lines.append(row(f"{len(before)} runs of all digits at earlier settings, {settings(before[0])}{more}", before))
     first, seeds = runs[0], sorted({run["seed"] for run in runs})
     lines += [
         "",

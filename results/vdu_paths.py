@@ -101,5 +101,5 @@ if __name__ == "__main__":
             for p in json.loads(target.read_text())["points"]:
                 print(f"{target.stem}, {p['steps']} steps: PUL {p['pul']:.1%}, u-FID {p['u_fid'] / p['teacher_u_fid']:.2f} times "
                       f"the teacher's, confidence {100 * (p['confidence'] - p['teacher_confidence']):+.1f}  {p['counts']}", flush=True)
-        files = [json.loads(path.read_text()) for path in sorted(OUT.glob("*.json"))]
-        draw({(file["forget"], file["setting"]): file for file in files})
+    files = [json.loads(path.read_text()) for path in sorted(OUT.glob("*.json"))]
+    draw({(file["forget"], file["setting"]): file for file in files})
