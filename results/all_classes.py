@@ -15,6 +15,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -51,6 +52,15 @@ def one(job):
     shutil.rmtree(folder.parent)
 
 
+def end_with_parent():
+    """In a worker: when the parent is killed, what is queued is not begun."""
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=list(SHOWN))
@@ -64,7 +74,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.jobs))  # of the processes to come
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         list(pool.map(one, [(args.method, k, seed, out) for seed in args.seeds for k in classes]))
 
 
