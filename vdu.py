@@ -26,10 +26,10 @@ that is (V3), the plasticity inducer, which asks the network to denoise D_f badl
 one width, is the distance between their means in units of sigma*: that is (V4), the stability regularizer, which lets
 a weight move if independent trainings disagree on it, and holds it if they agree. (V5) mixes the two.
 
-How far? (V3) has no lower bound: left alone it ends in a network that draws nothing. And what soon raises the error on
-D_f most is what all images share, such as more ink or less, so that the rest goes too. At mu*, where the posterior
-knows the network, the slope of (V3) is still about D_f. So we take (V3) by its tangent there, (V6): (V5) is then a
-bowl, with a minimum. We walk down it by the natural gradient of q, in short steps, and stop when the error on some of
+How far? (V3) has no lower bound: left alone it ends in a network that draws nothing. And on the way, it seems, the
+error on D_f grows most by what all images share, such as more ink or less, so that the rest goes too. At mu* the slope
+of (V3) is still about D_f. So --plasticity tangent, as MNIST has it, takes (V3) by its tangent there, (V6), and (V5) is
+a bowl, with a minimum. We walk down by the natural gradient of q, in short steps, and stop when the error on some of
 D_f has grown by a given factor.
 
 Glossary. The labels stand on the lines that do them; (D1) to (D3) are in unet.py.
@@ -41,7 +41,7 @@ Glossary. The labels stand on the lines that do them; (D1) to (D3) are in unet.p
     A               A           plasticity inducer, minimised: minus the denoising error on D_f  (V3)
     B               B           stability regularizer                                            (V4)
     gamma           gamma       0: forget at any cost; 1: stay                                   (V5)
-    at              mu*         where (V3) and its slope are taken; with --plasticity full theta     (V6)
+    at              mu*         where (V3) is taken; with --plasticity full that is theta        (V6)
 """
 import copy
 from dataclasses import dataclass
