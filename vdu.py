@@ -220,17 +220,17 @@ def train(config, run, unet, variance, images, schedule, texts=None):
         t = torch.randint(config.t_min, config.t_max, (n,), device=run.device)
         return images[pick], t, torch.randn_like(images[pick]), None if texts is None else texts[pick]
 
-    x0, _, noise, probe_text = draw(128)
-    evenly = torch.linspace(config.t_min, config.t_max - 1, 128, device=run.device).long()
-    probe = x0, evenly, noise  # the same throughout: its error shows the change in theta alone
+    probe = []  # the same throughout: its error shows the change in theta alone
+    for t in torch.linspace(config.t_min, config.t_max - 1, 128, device=run.device).long().split(batch):
+        x0, _, noise, c = draw(len(t))
+        probe.append((x0, t, noise, schedule, c, config.weighting))
 
     @torch.no_grad()
     def probe_error():
         with run.autocast():
-            return -plasticity_inducer(unet, *probe, schedule, probe_text, config.weighting).mean()
+            return -torch.cat([plasticity_inducer(unet, *some) for some in probe]).mean()
 
     error_at_mean = probe_error()
-
     for _ in run.loop({"unet": unet, "optimizer": optimizer}, label="VDU"):
         x0, t, noise, c = draw(batch)
         with run.autocast():
