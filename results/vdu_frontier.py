@@ -61,21 +61,25 @@ def vdu(words):
     return result
 
 
-START = "--plasticity full --images 100 --gamma 0.7 --batch-size 64 --stop-at 1.25"  # what the points were made with; the preset has moved on since
+START = "--plasticity full --images 100 --gamma 0.7 --batch-size 64 --stop-at 1.25"  # the preset before (V6): each point says what it changes
+TANGENT = "--plasticity tangent --images 0 --gamma 0.3 --batch-size 256"  # the preset now, but for its end
 # what moves along a curve -> its name, and its points: what is written beside them, and the flags of vdu.py
 TERMS = {
     "gamma": ("gamma moves, 30 steps", [(g, f"--stop-at 0 --steps 30 --gamma {g}") for g in (0.5, 0.8, 0.85, 0.9, 0.95)]),
     "plasticity": ("plasticity alone (gamma 0), steps move", [(n, f"--stop-at 0 --gamma 0 --steps {n}") for n in (10, 20, 30)]),
     "identity": ("identity covariance, length of a step moves",
                  [(lr, f"--stop-at 0 --steps 30 --gamma 0.8 --covariance identity --lr {lr}") for lr in (0.01, 0.02, 0.05, 1.0)]),
+    "tangent": ("(V6): (V3) by its tangent, gamma moves, 30 steps", [(g, f"{TANGENT} --stop-at 0 --steps 30 --gamma {g}") for g in (0.3, 0.8, 0.9)]),
+    "tangent-stop": ("(V6): the preset, its early end moves", [(end, f"{TANGENT} --stop-at {end} --steps 80") for end in (1.1, 1.2, 1.4)]),
     "finetune": ("fine-tuning on all retained images, steps move", [(n, n) for n in (50, 150)]),
 }
 SETTINGS = {
-    "stop": ("the default, its early end moves", [(end, f"--stop-at {end}") for end in (1.1, 1.25, 1.5)]),
-    "range": ("the default on other steps t", [(f"{a}-{b}", f"--t-min {a} --t-max {b}") for a, b in ((100, 300), (200, 450), (450, 750))]),
+    "stop": ("gamma 0.7, early end moves", [(end, f"--stop-at {end}") for end in (1.1, 1.25, 1.5)]),
+    "range": ("the same on other steps t", [(f"{a}-{b}", f"--t-min {a} --t-max {b}") for a, b in ((100, 300), (200, 450), (450, 750))]),
     "bound": ("weights of the DDPM bound, all t", [("all", "--weighting bound --t-min 0 --t-max 1000")]),
     "adam": ("Adam, its rate moves", [(lr, f"--optimizer adam --lr {lr}") for lr in ("1e-5", "1e-4")]),
-    "held": ("the default at another gamma", [(g, f"--gamma {g}") for g in (0.5, 0.9)]),
+    "held": ("the same at another gamma", [(g, f"--gamma {g}") for g in (0.5, 0.9)]),
+    "tangent-stop": ("(V6): the preset, its early end moves", [(end, f"{TANGENT} --stop-at {end} --steps 80") for end in (1.1, 1.2, 1.3)]),
 }
 FEW = (1, 10, 100, 0)  # undesired images at hand; 0: all
 
@@ -139,7 +143,7 @@ if __name__ == "__main__":
         threads = max(1, os.cpu_count() // args.jobs)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
-    jobs = [(args.forget[0], f"images-{n or 'all'}", f"--images {n}") for n in FEW]
+    jobs = [(args.forget[0], f"images-{n or 'all'}", f"{TANGENT} --stop-at 1.2 --images {n}") for n in FEW]
     for forget in args.forget:
         for curve, (_, places) in (TERMS if forget == args.forget[0] else SETTINGS).items():
             jobs += [(forget, f"{curve}-{label}", flags) for label, flags in places]
