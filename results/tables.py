@@ -116,7 +116,7 @@ def vdu():
         f"{where(runs)}. FID of the teacher's retained images: "
         f"{min(r['teacher_fid'] for r in runs):.3f} to {max(r['teacher_fid'] for r in runs):.3f}; u-FID of all its images: "
         f"{min(r['teacher_u_fid'] for r in runs):.3f} to {max(r['teacher_u_fid'] for r in runs):.3f}. "
-        f"Made by `python results/all_classes.py vdu`, raw numbers in `results/vdu-mnist/`.",
+        f"Made by `python results/all_classes.py vdu --seeds {' '.join(map(str, seeds))}`, raw numbers in `results/vdu-mnist/`.",
     ]
     return lines
 
