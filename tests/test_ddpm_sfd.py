@@ -324,13 +324,12 @@ sys.addaudithook(lambda event, args: event == "open" and isinstance(args[0], str
 """
 
 
-@pytest.mark.slow
 def test_the_main_job_forgets_and_opens_no_data(tmp_path):
     """A short run of the README's command, with an audit hook that writes down every file that Python opens."""
     hook = tmp_path / "hook"
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(HOOK.format(log=str(tmp_path / "opened")))
-    command = "ddpm_sfd.py --forget 3 --override 5 --steps 40 --batch-size 20 --forget-batch-size 12 --ema 0.85 --eval-images 20 --out out"
+    command = "ddpm_sfd.py --forget 3 --override 5 --steps 28 --batch-size 12 --forget-batch-size 10 --ema 0.8 --eval-images 20 --out out"
     process = python(command, tmp_path, env=os.environ | {"PYTHONPATH": str(hook)})
     assert process.returncode == 0, process.stderr
     out = tmp_path / "out"

@@ -48,7 +48,6 @@ def weights(tmp_path_factory):
     return path
 
 
-@pytest.mark.slow
 def test_inception_is_that_of_torch_fidelity(weights):
     """The same file in both, names and all; features, logits of the inception score, and logits."""
     peer = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
@@ -144,7 +143,6 @@ def evaluated(words):
     return json.load(open("out.json"))
 
 
-@pytest.mark.slow
 def test_the_command_measures_on_inception_features(files, capsys):
     words = "generator.safetensors --features inception --per-class 2 --teacher teacher.safetensors --steps 2"
     result = evaluated(f"{words} --classifier classifier.safetensors")
@@ -169,7 +167,6 @@ def test_the_command_measures_on_inception_features(files, capsys):
     assert "ua" not in evaluated(words)  # without a classifier, only the distances
 
 
-@pytest.mark.slow
 def test_an_unconditional_checkpoint_is_measured_with_all_its_images(files):
     words = "unlearned.safetensors --features inception --images 100 --forget 2 --steps 1"
     result = evaluated(words)

@@ -53,7 +53,6 @@ def test_jitter_moves_the_image_within_black(data):
     assert centre.std() > 0.3 and (centre - 13.5).abs().max() < 2
 
 
-@pytest.mark.slow
 def test_the_teacher_command_leaves_weights_and_a_card(tmp_path, data):
     whole = python(f"pretrain.py mnist --data {data} --batch-size 8 --snapshot-every 3 --steps 4 --out whole", tmp_path)
     assert whole.returncode == 0, whole.stderr
@@ -88,7 +87,6 @@ def posterior_run(out, data, **words):
     return torch.load(out / "checkpoint.pt", weights_only=True)["state"]["finished"]
 
 
-@pytest.mark.slow
 def test_the_posterior_is_of_networks_trained_apart_from_a_common_beginning(tmp_path, data, monkeypatch):
     """Two networks, two steps each. Their mean and variance are what is written; a resumed run writes the same bits."""
     finished = posterior_run(tmp_path / "whole", data)
@@ -122,7 +120,6 @@ def test_the_posterior_is_of_networks_trained_apart_from_a_common_beginning(tmp_
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
 
 
-@pytest.mark.slow
 def test_the_classifier_command_learns(tmp_path, data):
     process = inside(f"pretrain.py mnist-classifier --data {data} --batch-size 40 --steps 60 --out out", tmp_path)
     assert process.returncode == 0, process.stderr
@@ -131,7 +128,6 @@ def test_the_classifier_command_learns(tmp_path, data):
     assert load_classifier(tmp_path / "out/mnist-classifier.safetensors").config["classes"] == 10
 
 
-@pytest.mark.slow
 def test_the_statistics_command_describes_the_real_images_and_the_teacher(tmp_path, data):
     process = inside(f"pretrain.py mnist-statistics --data {data} --per-class 2 --images 100 --out out", tmp_path)
     assert process.returncode == 0, process.stderr

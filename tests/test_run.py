@@ -31,7 +31,6 @@ def wait_for(condition, seconds=120):
         time.sleep(0.02)
 
 
-@pytest.mark.slow
 def test_resume_after_kill_and_after_interrupt_ends_in_the_same_bits(tmp_path, tiny_file):
     command = f"{SFD} --teacher {tiny_file} --steps 60 --save-every 5"
     whole = python(f"{command} --out whole", tmp_path)
@@ -71,7 +70,6 @@ def test_nan_stops_the_run_and_names_the_loss_and_the_step(tmp_path, tiny_file):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json"}
 
 
-@pytest.mark.slow
 def test_two_processes_train_one_network_and_one_writes(tmp_path, tiny_file):
     command = f"{SFD} --teacher {tiny_file} --amp off --out out"
     process = python(f"{command} --steps 3", tmp_path, processes=2, env=ONE_THREAD)
@@ -118,7 +116,6 @@ torch.distributed.destroy_process_group()
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, two_gpus])])
 def test_gradients_over_processes_are_those_of_the_whole_batch(tmp_path, device):
     """Over gloo on CPUs, over NCCL on GPUs."""
@@ -422,7 +419,6 @@ def test_cuda_precisions_and_compilation_agree_with_float32(tmp_path):
     on_device(tmp_path, "cuda", TOLERANCE, variants=variants)
 
 
-@pytest.mark.slow
 def test_bfloat16_agrees_with_float32_and_resumes(tmp_path):
     """The same on a CPU, where it is always run."""
     on_device(tmp_path, "cpu", RESUME + TOLERANCE, amps=["bf16"], variants=[dict(amp="bf16")])

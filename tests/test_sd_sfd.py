@@ -318,6 +318,7 @@ def test_resuming_ends_in_the_same_bits(sd_folder, tmp_path, monkeypatch):
     assert all(torch.equal(again[k], v) for k, v in whole.items())
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_network(sd_folder, tmp_path):
     done = python(words_for(sd_folder, "ddp"), tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
@@ -347,7 +348,7 @@ def test_the_parts_of_a_batch_are_one_step(tmp_path):
 @pytest.mark.slow
 def test_a_step_at_stable_diffusions_size_fits_into_24_gib(tmp_path, request):
     """Both networks, both terms, at the real shapes with random weights: three U-Nets of 860 million parameters."""
-    if "slow" not in request.config.getoption("markexpr"):
+    if request.config.getoption("markexpr") != "slow":
         pytest.skip("16 GiB of memory and minutes: run it with -m slow")
     resource = pytest.importorskip("resource")
     with torch.device("meta"):

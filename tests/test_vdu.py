@@ -196,7 +196,7 @@ def tiny_unconditional(seed=0):
 def run_of(tmp_path, name, variance=1e-4, **words):
     """A short VDU of a tiny network on six images: the run, the network before and after."""
     words = {"steps": 6, "lr": 1e-3, "optimizer": "adam", "t_min": 0, "t_max": 1000, "stop_at": 0.0} | words
-    config = Config(out=str(tmp_path / name), amp="off", batch_size=4, **words)
+    config = Config(out=str(tmp_path / name), amp="off", batch_size=32, **words)
     unet = tiny_unconditional()
     run = Run(config, "")  # seeds what follows
     images = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -309,9 +309,9 @@ def test_the_end_is_judged_on_the_same_images_at_steps_from_the_whole_range(tmp_
 
     monkeypatch.setattr(vdu, "plasticity_inducer", spy)
     run_of(tmp_path, "run", steps=3, t_min=200, t_max=701)
-    assert len(probes) == 4 * 128 / 4  # before, and after each step: 128 images, never more at a time than in a batch
-    assert all(torch.equal(a, b) for n, part in enumerate(probes) for a, b in zip(part, probes[n % 32]))
-    t = torch.cat([t for _, t, _ in probes[:32]])
+    assert len(probes) == 4 * 128 / 32  # before, and after each step: 128 images, never more at a time than in a batch
+    assert all(torch.equal(a, b) for n, part in enumerate(probes) for a, b in zip(part, probes[n % 4]))
+    t = torch.cat([t for _, t, _ in probes[:4]])
     assert t.min() == 200 and t.max() == 700 and t.diff().max() <= 4
 
 
@@ -399,6 +399,7 @@ def test_two_processes_step_down_the_gradient_of_both_batches(tmp_path, monkeypa
         assert (weight - a["unet"][name]).abs().max() <= 1e-3 * moved + 1e-7, name
 
 
+@pytest.mark.slow
 def test_compiled_it_takes_nearly_the_same_steps(tmp_path, monkeypatch):
     """Traced and differentiated by the compiler; without its last part, which writes C++ for minutes."""
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager"))
@@ -540,7 +541,7 @@ def test_a_posterior_of_several_teachers_moves_the_network_to_their_mean(files):
 # ------------------------------------------------------------------ the command
 
 
-@pytest.mark.parametrize("size, layout", [(32, "CIFAR-10"), (64, "tiny ImageNet")])
+@pytest.mark.parametrize("size, layout", [(32, "CIFAR-10"), pytest.param(64, "tiny ImageNet", marks=pytest.mark.slow)])
 def test_networks_of_the_hub_unlearn_at_their_size(size, layout, tmp_path, monkeypatch):
     """Two networks in the shape of google/ddpm-cifar10-32, only narrower, by convert.py; what they agree on is kept."""
     narrow = CIFAR10 | {"block_out_channels": [16] * 4, "layers_per_block": 1, "norm_num_groups": 8, "sample_size": size}
@@ -559,7 +560,7 @@ def test_networks_of_the_hub_unlearn_at_their_size(size, layout, tmp_path, monke
     monkeypatch.setattr(vdu, "generate", lambda sample, n, *rest: some(sample, 2, *rest))
     a, b, out = (str(tmp_path / name) for name in ("a.safetensors", "b.safetensors", "out"))
     vdu.main(parse(Config, "", vdu.PRESETS, ["--teacher", a, "--posterior", a, b, "--data", str(data), "--forget", "1",
-                                             "--steps", "2", "--batch-size", "3", "--classifier", "none", "--out", out]))
+                                             "--steps", "1", "--batch-size", "32", "--classifier", "none", "--out", out]))
     before, after = load_unet(a), load_unet(tmp_path / "out/unlearned.safetensors")
     assert after.image_shape == (3, size, size) and after.num_classes is None and not same_bits(before, after)
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
@@ -567,7 +568,7 @@ def test_networks_of_the_hub_unlearn_at_their_size(size, layout, tmp_path, monke
 
 
 def test_the_main_job_leaves_what_it_promises(tmp_path):
-    command = "vdu.py --forget 1 --data teacher --images 2 --steps 2 --batch-size 2 --eval-images 100 --out run"
+    command = "vdu.py --forget 1 --data teacher --images 2 --steps 2 --batch-size 32 --eval-images 100 --out run"
     process = python(command, tmp_path)
     assert process.returncode == 0, process.stderr
     folder = tmp_path / "run"
