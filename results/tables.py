@@ -62,13 +62,15 @@ def all_classes():
     for k in sorted({run["forget"][0] for run in runs}):
         lines.append(row(k, [run for run in runs if run["forget"] == [k]]))
     lines.append(row(f"**all {len(runs)} runs**", runs))
-    before = read("ddpm_sfd-mnist-unguided")
-    lines.append(row(f"{len(before)} runs of all digits at earlier settings, without guidance, {before[0]['config']['steps']} steps", before))
+    for folder, more in (("t-max-600", ""), ("unguided", ", without guidance")):
+        before = read(f"ddpm_sfd-mnist-{folder}")
+        config = before[0]["config"]
+        lines.append(row(f"{len(before)} runs of all digits at earlier settings{more}, {config['steps']} steps, lambda {config['lambda_generator']:g}, t below {config['t_max']}", before))
     first = runs[0]
     seeds = sorted({run["seed"] for run in runs})
     lines += [
         "",
-        f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; {first['images_per_class']} images of each class; {first['config']['steps']} steps, guidance {first['config']['guidance']:g} "
+        f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; {first['images_per_class']} images of each class; {first['config']['steps']} steps, lambda {first['config']['lambda_generator']:g}, t below {first['config']['t_max']}, guidance {first['config']['guidance']:g} "
         f"({first['config']['guidance_safe']:g} towards the safe class); {where(runs)}; FID of real test images, for scale: {first['real_test_fid']:.4f} without class {first['forget'][0]}. "
         f"Made by `python results/all_classes.py ddpm_sfd`, raw numbers in `results/ddpm_sfd-mnist/`.",
     ]
