@@ -33,7 +33,7 @@ def wait_for(condition, seconds=120):
 
 def test_resume_after_kill_and_after_interrupt_ends_in_the_same_bits(tmp_path, tiny_file):
     command = f"{SFD} --teacher {tiny_file} --steps 60 --save-every 5"
-    whole = python(f"{command} --out whole", tmp_path)
+    whole = inside(f"{command} --out whole", tmp_path)
     assert whole.returncode == 0, whole.stderr
 
     process = start(f"{command} --out killed", tmp_path)
@@ -51,7 +51,7 @@ def test_resume_after_kill_and_after_interrupt_ends_in_the_same_bits(tmp_path, t
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130, out
     assert "--resume" in out and "ddpm_sfd.py" in out
-    done = python(f"{command} --out killed --resume", tmp_path)
+    done = inside(f"{command} --out killed --resume", tmp_path)
     assert done.returncode == 0, done.stderr
     for name in ("generator.safetensors", "samples_after.png"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name

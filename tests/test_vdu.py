@@ -569,7 +569,7 @@ def test_networks_of_the_hub_unlearn_at_their_size(size, layout, tmp_path, monke
 
 def test_the_main_job_leaves_what_it_promises(tmp_path):
     command = "vdu.py --forget 1 --data teacher --images 2 --steps 2 --batch-size 32 --eval-images 100 --out run"
-    process = python(command, tmp_path)
+    process = inside(command, tmp_path)
     assert process.returncode == 0, process.stderr
     folder = tmp_path / "run"
     assert {p.name for p in folder.iterdir()} == {
