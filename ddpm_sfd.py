@@ -60,7 +60,7 @@ OFFICIAL = dict(  # the settings of the official code's CIFAR-10 run
     guidance=1.0, guidance_safe=1.0, clip_images="off", classifier="none",
 )
 PRESETS = {
-    "mnist": dict(guidance=1.3, guidance_safe=1.7, lambda_generator=0.25, t_max=712, lr_end=0.05),  # else as below
+    "mnist": dict(guidance=1.2, guidance_safe=1.7, lambda_generator=0.5, t_max=712, lr_end=0.05),  # else as below
     "cifar10": OFFICIAL | dict(teacher="cifar10.safetensors"),
     "stl10": OFFICIAL | dict(teacher="stl10.safetensors", batch_size=64, forget_batch_size=64,
                              lr_fake_score=3e-5),
