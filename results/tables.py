@@ -171,7 +171,7 @@ def two_stage():
         lines.append(f"| {name} | {' | '.join(cells)} |")
     teacher = f"the teacher: {100 * mean(run['teacher_retained_accuracy'] for run in runs):.1f}% and {mean(run['teacher_fid'] for run in runs):.3f}"
     guidance = runs[0]["config"].get("guidance", 1.0)  # runs from before that option had none
-    return [*lines, "", f"{len(runs)} seeds; {teacher}; EMA {runs[0]['config']['ema']}, guidance {guidance:g}. Made by `python results/two_stage.py`, raw numbers in `results/two-stage/`."]
+    return [*lines, "", f"{len(runs)} seeds; {teacher}; EMA {runs[0]['config']['ema']}, guidance {guidance:g}, lambda {runs[0]['config']['lambda_generator']:g}, t below {runs[0]['config']['t_max']}: earlier settings than the preset's. Made by `python results/two_stage.py`, raw numbers in `results/two-stage/`."]
 
 
 def step_time():
