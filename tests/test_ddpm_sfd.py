@@ -329,7 +329,7 @@ def test_the_main_job_forgets_and_opens_no_data(tmp_path):
     hook = tmp_path / "hook"
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(HOOK.format(log=str(tmp_path / "opened")))
-    command = "ddpm_sfd.py --forget 3 --override 5 --steps 28 --batch-size 12 --forget-batch-size 10 --lambda-generator 1 --ema 0.8 --eval-images 20 --out out"
+    command = "ddpm_sfd.py --forget 3 --override 5 --steps 18 --batch-size 10 --forget-batch-size 10 --lambda-generator 4 --lr-generator 1e-3 --lr-end 0.3 --ema 0.7 --eval-images 20 --out out"
     process = python(command, tmp_path, env=os.environ | {"PYTHONPATH": str(hook)})
     assert process.returncode == 0, process.stderr
     out = tmp_path / "out"
