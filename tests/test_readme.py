@@ -35,11 +35,13 @@ def test_commands_name_scripts_and_flags_that_exist(command, monkeypatch):
     assert config is not None
 
 
-def test_files_that_the_readme_names_exist():
-    for name in re.findall(r"`([\w/.-]+\.(?:py|json|txt))`|\]\((\w[\w/.-]+\.\w+)\)", README):
-        path = next(filter(None, name))
-        if path not in ("metrics.json",):
-            assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+def test_files_that_the_readmes_name_exist(page):
+    named = re.findall(r"`([\w/.-]+\.(?:py|json|txt))`|\]\(([\w.][\w/.-]+\.\w+)\)", (ROOT / page).read_text())
+    assert named
+    for command, link in named:
+        path = ROOT / command if command else (ROOT / page).parent / link
+        assert path.exists() or command == "metrics.json", path
 
 
 def test_tables_are_what_the_results_say():
