@@ -29,7 +29,7 @@ Glossary. The labels stand on the lines that do them; (D1) to (D3) and (L1) are 
     z, x_g              z, x_g     Gaussian noise, and the image that the generator makes of it
     c_fake              c          the label that was asked for; the generator and the fake score see it
     c_teacher           c'         the label that the teacher is asked for: c, or the safe class if c is to be forgotten
-    f_phi, f_psi                   what teacher and fake score take x_t for, as clean images         (D3)
+    f_phi, f_psi                   what teacher, guided, and fake score take x_t for, as clean images (D3)
     guidance, k         k          the teacher is asked with classifier-free guidance, eps_phi^k = eps_phi(x_t, t) +
                                    k (eps_phi(x_t, t, c') - eps_phi(x_t, t)); k = 1: eps_phi itself           (L1)
     alpha               alpha      how much of the difference f_phi - f_psi the second factor takes back   (S3)
@@ -85,7 +85,8 @@ class Config:
     alpha: float = option(1.2, "alpha of (S3); official: 1.2")
     guidance: float = option(1.0, "k of (L1), the teacher's guidance; official: 1, none; the mnist preset: our choice",
                              low=0)
-    guidance_safe: float = option(1.0, "the same where a forgotten class was asked for, towards the safe one", low=0)
+    guidance_safe: float = option(1.0, "the same where a forgotten class was asked for, towards the safe one; official: 1",
+                                  low=0)
     lambda_generator: float = option(1.0, "lambda of (S5) for theta; official: 0.01", low=0)
     lambda_fake_score: float = option(1.0, "lambda of (S5) for psi; official: 0.01", low=0)
     t_init: int = option(440, "the noise level that the generator works at; official: 440", low=0, high=999)
@@ -130,8 +131,8 @@ def generator_loss(teacher, fake_score, x_g, t, c_teacher, c_fake, noise, schedu
     Gradients reach the generator through x_g wherever it stands, through both networks' inputs too. Values may be
     negative: what matters is the gradient, an estimate of the Fisher divergence's (SiD)."""
     x_t = schedule.add_noise(x_g, noise, t)  # (D1)
-    f_phi = schedule.predict_x0(x_t, teacher(x_t, t, c_teacher), t)  # (D3), asked for the safe class
-    f_psi = schedule.predict_x0(x_t, fake_score(x_t, t, c_fake), t)  # (D3), asked for what was asked for
+    f_phi = schedule.predict_x0(x_t, teacher(x_t, t, c_teacher), t)  # (D3), asked for c'
+    f_psi = schedule.predict_x0(x_t, fake_score(x_t, t, c_fake), t)  # (D3), asked for c
     distance = (f_phi - x_g).abs().mean(dim=(1, 2, 3), keepdim=True).detach()
     w = 1 / distance.clamp(min=1e-5)  # (S4) w = 1 / mean |f_phi - x_g|, detached, clamped
     product = (f_phi - f_psi) * (f_phi - x_g - alpha * (f_phi - f_psi))

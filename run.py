@@ -106,7 +106,7 @@ def parse(Config, doc, presets=None, argv=None):
     presets: value of the first field -> {field: value}; these replace the defaults, and flags replace them in turn.
     """
     argv, fields, defaults = sys.argv[1:] if argv is None else argv, dataclasses.fields(Config), {}
-    if presets and not {"-h", "--help"} & set(argv):
+    if presets:
         first = OneLineParser(allow_abbrev=False, add_help=False)
         for field in fields:
             add_flag(first, field, field.default)

@@ -1,4 +1,4 @@
-"""Variational Diffusion Unlearning (VDU): an unconditional diffusion model forgets a class, from a few images of it.
+"""Variational Diffusion Unlearning (VDU): an unconditional diffusion model forgets a class, from images of it alone.
 
 Panda, Varun M S, Jain, Maharana, Prathosh A. P., "Variational Diffusion Unlearning" (v4: "Unlearning in Diffusion
 Models under Data Constraints: A Variational Inference Approach"), TMLR 2026, arXiv 2510.04058.

@@ -65,12 +65,12 @@ def all_classes():
     for folder, more in (("t-max-600", ""), ("unguided", ", without guidance")):
         before = read(f"ddpm_sfd-mnist-{folder}")
         config = before[0]["config"]
-        lines.append(row(f"{len(before)} runs of all digits at earlier settings{more}, {config['steps']} steps, lambda {config['lambda_generator']:g}, t below {config['t_max']}", before))
+        lines.append(row(f"{len(before)} runs of all digits at earlier settings{more}, {config['steps']} steps, lambda {config['lambda_generator']:g} for theta, t below {config['t_max']}", before))
     first = runs[0]
     seeds = sorted({run["seed"] for run in runs})
     lines += [
         "",
-        f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; {first['images_per_class']} images of each class; {first['config']['steps']} steps, lambda {first['config']['lambda_generator']:g}, t below {first['config']['t_max']}, guidance {first['config']['guidance']:g} "
+        f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; {first['images_per_class']} images of each class; {first['config']['steps']} steps, lambda {first['config']['lambda_generator']:g} for theta, t below {first['config']['t_max']}, guidance {first['config']['guidance']:g} "
         f"({first['config']['guidance_safe']:g} towards the safe class); {where(runs)}; FID of real test images, for scale: {first['real_test_fid']:.4f} without class {first['forget'][0]}. "
         f"Made by `python results/all_classes.py ddpm_sfd`, raw numbers in `results/ddpm_sfd-mnist/`.",
     ]
@@ -170,8 +170,9 @@ def two_stage():
         name = {"one-stage": f"one stage, {runs[0]['total_steps']} steps", "two-stage": "distilled first, as many steps in all"}[way]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     teacher = f"the teacher: {100 * mean(run['teacher_retained_accuracy'] for run in runs):.1f}% and {mean(run['teacher_fid'] for run in runs):.3f}"
-    guidance = runs[0]["config"].get("guidance", 1.0)  # runs from before that option had none
-    return [*lines, "", f"{len(runs)} seeds; {teacher}; EMA {runs[0]['config']['ema']}, guidance {guidance:g}, lambda {runs[0]['config']['lambda_generator']:g}, t below {runs[0]['config']['t_max']}: earlier settings than the preset's. Made by `python results/two_stage.py`, raw numbers in `results/two-stage/`."]
+    config = runs[0]["config"] | {"guidance": 1, "guidance_safe": 1}  # runs from before these options had none
+    flags = " ".join(f"--{key.replace('_', '-')} {config[key]:g}" for key in ("ema", "lr_end", "lambda_generator", "t_max", "guidance", "guidance_safe"))
+    return [*lines, "", f"{len(runs)} seeds; {teacher}; earlier settings than the preset's. Made by `python results/two_stage.py --steps {runs[0]['total_steps']} -- {flags}`, raw numbers in `results/two-stage/`."]
 
 
 def step_time():

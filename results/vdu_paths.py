@@ -57,7 +57,7 @@ def path_of(forget, setting, n):
 
 
 def reaches(point):
-    """The issue's three numbers; the last one alone decides whether a point is drawn full."""
+    """The three aims; the last one alone decides whether a point is drawn full."""
     return (point["pul"] >= 0.9, point["u_fid"] <= 2 * point["teacher_u_fid"],
             abs(point["confidence"] - point["teacher_confidence"]) <= 0.04)
 

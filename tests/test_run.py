@@ -166,6 +166,9 @@ def test_help_shows_every_flag_with_its_default(capsys):
         parse(Config, "What it is.", {"small": {}, "large": {}}, ["--help"])
     text = capsys.readouterr().out
     assert exit.value.code == 0 and "What it is." in text and "learning rate [0.5]" in text and "--save-every" in text
+    with pytest.raises(SystemExit):
+        parse(Config, "What it is.", {"small": {}, "large": {"lr": 0.1}}, ["--size", "large", "--help"])
+    assert "learning rate [0.1]" in capsys.readouterr().out  # with the preset, the default that a run would take
 
 
 def test_a_finished_run_is_replaced_by_the_same_command_only(tmp_path, capsys):
