@@ -85,8 +85,7 @@ class Config:
     alpha: float = option(1.2, "alpha of (S3); official: 1.2")
     guidance: float = option(1.0, "k of (L1), the teacher's guidance; official: 1, none; the mnist preset: our choice",
                              low=0)
-    guidance_safe: float = option(1.0, "the same towards the safe class, where a forgotten one was asked for; official: 1",
-                                  low=0)
+    guidance_safe: float = option(1.0, "the same where the teacher is asked for the safe class; official: 1", low=0)
     lambda_generator: float = option(1.0, "lambda of (S5) for theta; official: 0.01", low=0)
     lambda_fake_score: float = option(1.0, "lambda of (S5) for psi; official: 0.01", low=0)
     t_init: int = option(440, "the noise level that the generator works at; official: 440", low=0, high=999)
