@@ -1,8 +1,8 @@
 """Every class of MNIST forgotten in turn, or eight concepts of the tiny model, three seeds each; one JSON a run.
 
-python results/all_classes.py ddpm_sfd             # into results/ddpm_sfd-mnist/; what is there already is kept
+python results/all_classes.py ddpm_sfd                      # into results/ddpm_sfd-mnist/; what is there already is kept
 python results/all_classes.py vdu --seeds 2 3 4 --jobs 2    # into results/vdu-mnist/; two runs at a time, one core each
-python results/all_classes.py sd_sfd               # into results/sd_sfd-tiny/: three digits, three colours, two pairs
+python results/all_classes.py sd_sfd                        # into results/sd_sfd-tiny/: three digits, three colours, two pairs
 """
 
 import argparse

@@ -1,5 +1,5 @@
-"""One stage or two, with as many steps in all, on MNIST: SFD for N steps, against N / 2 steps of plain distillation (SiD, --forget
-none) and N / 2 of SFD that begins with its generator and its fake score.
+"""One stage or two, with as many steps in all, on MNIST: SFD for N steps, against N / 2 steps of plain distillation
+(SiD, --forget none) and N / 2 of SFD that begins with its generator and its fake score.
 
     python results/two_stage.py                          # three seeds, into results/two-stage/; what is there is kept
     python results/two_stage.py --steps 300 --forget 8
