@@ -60,7 +60,7 @@ OFFICIAL = dict(  # the settings of the official code's CIFAR-10 run
     guidance=1.0, guidance_safe=1.0, clip_images="off", classifier="none",
 )
 PRESETS = {
-    "mnist": dict(guidance=1.2, guidance_safe=1.7, lambda_generator=0.5, t_max=712, lr_end=0.05),  # else as below
+    "mnist": {},  # what stands below
     "cifar10": OFFICIAL | dict(teacher="cifar10.safetensors"),
     "stl10": OFFICIAL | dict(teacher="stl10.safetensors", batch_size=64, forget_batch_size=64,
                              lr_fake_score=3e-5),
@@ -80,17 +80,16 @@ class Config:
     forget_batch_size: int = option(8, "images of forgotten classes a step; official: as many as retained ones", low=1)
     lr_generator: float = option(5e-4, "learning rate of theta; official: 1e-5", low=0)
     lr_fake_score: float = option(2e-3, "learning rate of psi; official: 1e-5, two-stage 3e-5", low=0)
-    lr_end: float = option(0.1, "share of both rates that is left at the end of a linear decay; official: 1, constant",
+    lr_end: float = option(0.05, "share of both rates that is left at the end of a linear decay; official: 1, constant",
                            low=0, high=1)
     alpha: float = option(1.2, "alpha of (S3); official: 1.2")
-    guidance: float = option(1.0, "k of (L1), the teacher's guidance; official: 1, none; the mnist preset: our choice",
-                             low=0)
-    guidance_safe: float = option(1.0, "the same where the teacher is asked for the safe class; official: 1", low=0)
-    lambda_generator: float = option(1.0, "lambda of (S5) for theta; official: 0.01", low=0)
+    guidance: float = option(1.2, "k of (L1), the teacher's guidance; our choice; official: 1, none", low=0)
+    guidance_safe: float = option(1.7, "the same where the teacher is asked for the safe class; official: 1", low=0)
+    lambda_generator: float = option(0.5, "lambda of (S5) for theta; official: 0.01", low=0)
     lambda_fake_score: float = option(1.0, "lambda of (S5) for psi; official: 0.01", low=0)
     t_init: int = option(440, "the noise level that the generator works at; official: 440", low=0, high=999)
     t_min: int = option(20, "first step at which the scores are compared; official: 38", low=0, high=999)
-    t_max: int = option(600, "the step before which they end; official: 712", low=1, high=1000)
+    t_max: int = option(712, "the step before which they end; official: 712", low=1, high=1000)
     ema: float = option(0.98, "decay of theta's weight average, the result; official: 0.9999", low=0, high=1)
     clip_value: float = option(1.0, "each gradient entry is clipped to +-this; 0: not; official: 1", low=0)
     clip_images: str = option("on", "clip x_g to [-1, 1] before the scores see it, as it is before anyone looks at it; "

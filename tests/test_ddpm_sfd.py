@@ -277,7 +277,7 @@ def test_each_network_is_called_once_for_retained_and_forgotten_together(tmp_pat
         lambda module, args, out: batches.append(len(args[0]))
     )  # copies of it carry the hook along
     trained(small(tmp_path, steps=1, batch_size=5, forget_batch_size=3), tiny)
-    assert batches == [8, 8, 8, 8]  # generator, fake score; teacher, fake score
+    assert batches == [8, 8, 16, 8]  # generator, fake score; teacher, with and without labels, fake score
 
 
 def test_the_same_seed_gives_the_same_bits(tmp_path, tiny):
