@@ -3,6 +3,7 @@
 python results/all_classes.py ddpm_sfd                      # into results/ddpm_sfd-mnist/; what is there already is kept
 python results/all_classes.py vdu --seeds 2 3 4 --jobs 2    # into results/vdu-mnist/; two runs at a time, one core each
 python results/all_classes.py sd_sfd                        # into results/sd_sfd-tiny/: three digits, three colours, two pairs
+python results/all_classes.py ddpm_sfd --into ddpm_sfd-mnist-960-steps --steps 960    # other flags are the method's own
 """
 
 import argparse
@@ -35,12 +36,12 @@ CONCEPTS = ["zero", "three", "seven", "red", "blue", "yellow", "red three", "gre
 
 def one(job):
     """One run, in this process: the next one finds the teacher's images seen already. The JSON is the run's own."""
-    method, k, seed, out = job
+    method, k, seed, more, out = job
     target = out / f"forget{k.replace(' ', '-')}-seed{seed}.json"
     if target.exists():
         return
     folder = Path(tempfile.mkdtemp()) / "run"
-    words, module = ["--forget", k, "--seed", str(seed)], importlib.import_module(method)
+    words, module = ["--forget", k, "--seed", str(seed), *more], importlib.import_module(method)
     os.chdir(ROOT)  # where data/ may lie
     with contextlib.redirect_stdout(None):
         module.main(parse(module.Config, module.__doc__, module.PRESETS, [*words, "--out", str(folder)]))
@@ -67,15 +68,18 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--classes", nargs="+", help="classes, or concepts; all if not given")
     parser.add_argument("--jobs", type=int, default=1)
-    args = parser.parse_args()
+    parser.add_argument("--into", help="folder in results/; METHOD-mnist or METHOD-tiny if not given")
+    args, more = parser.parse_known_args()
     tiny = args.method == "sd_sfd"
     classes = args.classes or (CONCEPTS if tiny else CLASSES)
-    out = ROOT / "results" / f"{args.method}-{'tiny' if tiny else 'mnist'}"
+    out = ROOT / "results" / (args.into or f"{args.method}-{'tiny' if tiny else 'mnist'}")
+    if more and not args.into:
+        parser.error(f"with {more[0]} these are other runs than those of {out.name}; say where they go: --into FOLDER")
     out.mkdir(parents=True, exist_ok=True)
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.jobs))  # of the processes to come
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), end_with_parent) as pool:
-        list(pool.map(one, [(args.method, k, seed, out) for seed in args.seeds for k in classes]))
+        list(pool.map(one, [(args.method, k, seed, more, out) for seed in args.seeds for k in classes]))
 
 
 if __name__ == "__main__":
