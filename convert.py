@@ -436,12 +436,14 @@ def load_teacher(source):
 
 def read_beginning(flag, source, teacher, t_init):
     """Two-stage SFD: the network that theta or psi begins with; None: with the teacher. ValueError if it is not of the
-    teacher's configuration, or for another t_init."""
+    teacher's configuration, for another t_init, or the other one of the two."""
     if not source:
         return None
     network = load_unet(source)
     if network.config != teacher.config:
         raise ValueError(f"{flag} {source} is no network of the teacher's configuration")
+    if ("t_init" in network.card) != (flag == "--init-generator"):
+        raise ValueError(f"{flag} {source} is {'a' if 't_init' in network.card else 'no'} generator, by its card")
     if network.card.get("t_init", t_init) != t_init:
         raise ValueError(f"{flag} {source} was made for --t-init {network.card['t_init']}, not {t_init}")
     return network

@@ -18,8 +18,9 @@ versions of its own images. Two networks take turns, both begun as copies of the
     1. the fake score learns to denoise what the generator draws at present, so that it knows the generator's score;
     2. the generator moves its images to where the teacher's score and the fake score agree.
 
-Where the two scores agree, the generator draws what the teacher would have drawn: for a retained class the class
-itself, for a forgotten class the safe one. Nothing is left that pulls towards the forgotten class.
+Where the two scores agree, the generator draws what the teacher, asked with guidance k, would have drawn: for a
+retained class the class itself, for a forgotten class the safe one. Nothing is left that pulls towards the forgotten
+class.
 
 Glossary. The labels stand on the lines that do them; (D1) to (D3) and (L1) are in unet.py.
 
@@ -88,13 +89,14 @@ class Config:
     lambda_generator: float = option(0.5, "lambda of (S5) for theta; official: 0.01", low=0)
     lambda_fake_score: float = option(1.0, "lambda of (S5) for psi; official: 0.01", low=0)
     t_init: int = option(440, "the noise level that the generator works at; official: 440", low=0, high=999)
-    t_min: int = option(20, "first step at which the scores are compared; official: 38", low=0, high=999)
-    t_max: int = option(712, "the step before which they end; official: 712", low=1, high=1000)
+    t_min: int = option(20, "first step t of (S2) and (S3); official: 38", low=0, high=999)
+    t_max: int = option(712, "the step before which t ends in (S2) and (S3); official: 712", low=1, high=1000)
     ema: float = option(0.98, "decay of theta's weight average, the result; official: 0.9999", low=0, high=1)
     clip_value: float = option(1.0, "each gradient entry is clipped to +-this; 0: not; official: 1", low=0)
     clip_images: str = option("on", "clip x_g to [-1, 1] before the scores see it, as it is before anyone looks at it; "
                               "our choice; official: off", choices=["on", "off"])
-    amp: str = option("auto", "mixed precision; auto: bf16 where it is native", choices=["auto", "bf16", "fp16", "off"])
+    amp: str = option("auto", "mixed precision; auto: bf16 where it is native, else fp16 on a GPU, none on a CPU",
+                      choices=["auto", "bf16", "fp16", "off"])
     compile: bool = option(False, "torch.compile the networks: minutes at the start, then faster steps on a GPU")
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
     seed: int = option(0, "seed of everything random", low=0, high=10**12)
@@ -118,7 +120,9 @@ def one_step(generator, z, c, schedule, t_init):
 
 
 def fake_score_loss(fake_score, x_g, t, c, noise, schedule):
-    """DDPM's denoising loss, on the generator's images x_g (B, C, H, W) in place of data: one value a sample, (B,)."""
+    """DDPM's denoising loss, on the generator's images x_g (B, C, H, W) in place of data: one value a sample, (B,).
+
+    t (B,), c (B,) labels, noise (B, C, H, W)."""
     x_t = schedule.add_noise(x_g, noise, t)  # (D1)
     return (noise - fake_score(x_t, t, c)).square().sum(dim=(1, 2, 3))  # (S2) L_psi = || eps - eps_psi(x_t, t, c) ||^2
 
@@ -126,6 +130,7 @@ def fake_score_loss(fake_score, x_g, t, c, noise, schedule):
 def generator_loss(teacher, fake_score, x_g, t, c_teacher, c_fake, noise, schedule, alpha):
     """How far apart teacher and fake score are at the generator's images x_g (B, C, H, W): one value a sample, (B,).
 
+    t (B,), noise (B, C, H, W); c_teacher and c_fake (B,): c' and c; both networks: (x_t, t, c) -> the noise in x_t.
     Gradients reach the generator through x_g wherever it stands, through both networks' inputs too. Values may be
     negative: what matters is the gradient, an estimate of the Fisher divergence's (SiD)."""
     x_t = schedule.add_noise(x_g, noise, t)  # (D1)
@@ -186,7 +191,8 @@ def read_classes(config, num_classes):
 def train(config, run, teacher, schedule, classes, judge=None, generator=None, fake_score=None):
     """SFD from `teacher`, which stays as it is; returns the generator, the weight average of theta, and the fake score.
 
-    generator, fake_score: where theta and psi begin, changed in place; copies of the teacher if not given."""
+    classes: as `read_classes` gives them. judge: for UA on the progress bar, none if not given. generator, fake_score:
+    where theta and psi begin, changed in place; copies of the teacher if not given."""
     retained, forget, override = (None if x is None else x.to(run.device) for x in classes)
     n_retained = config.batch_size // run.world
     n_forgotten = config.forget_batch_size // run.world if len(forget) else 0

@@ -9,10 +9,11 @@
 What each number says, and what it misses:
 
     ua                  unlearning accuracy: 1 - accuracy of a classifier on images asked for as the forgotten class.
-                        Noise scores 100% too, so read it beside `became` and `entropy`
+                        Noise can score 100% too (this classifier is sure that it is an 8): read it beside `became`
     retained_accuracy   accuracy on images asked for as each of the other classes, averaged over classes
     became              what the classifier sees in images of the forgotten label: share per class
-    entropy             mean entropy of the classifier's answer, in nats; 0 is certain, ln 10 = 2.3 is at a loss
+    entropy_retained,   mean entropy of the classifier's answer, in nats; 0 is certain, ln 10 = 2.3 is at a loss. It
+    entropy_forgotten   does not give noise away
     fid                 Frechet distance between features of generated and of real images, retained classes only
     precision, recall   share of generated images near real ones, and of real images near generated ones
     inception_score     exp(mean KL(p(y|x) || p(y))): confident and varied; knows nothing of real images
@@ -21,13 +22,14 @@ What each number says, and what it misses:
 and of a network that is not asked for a class:
 
     pul                 percent unlearned: the share of the forgotten class that is gone from unconditional images.
-                        Noise scores 100% too, so read it beside `confidence`
+                        Noise can score 100% too, so read it beside `u_fid`
     u_fid               fid of all its images against real images of the retained classes
-    confidence          mean probability that the classifier gives to what it sees
+    confidence          mean probability that the classifier gives to what it sees; does not give noise away
 
 On MNIST, features are the 128 of the classifier's penultimate layer, so the distances compare with nobody's Inception
 FID, only with each other: each report has the teacher's own and that of real test images (the floor) beside it. All
-classes weigh the same. Real and generated images alike are rounded to 8 bits before the classifier sees them.
+classes weigh the same, but in u_fid: there real ones have MNIST's own proportions, and generated ones those that were
+drawn. Real and generated images alike are rounded to 8 bits before the classifier sees them.
 
 --features inception is for CIFAR-10 and STL-10: the 2,048 of the FID Inception (inception.py), 5,000 images a class,
 the training images of the retained classes as reference, taken from --data once and kept there in a file. Accuracies
@@ -52,7 +54,7 @@ from metrics import (
     class_moments,
     frechet_distance,
     mean_confidence,
-    moments,  # noqa: F401 (the same)
+    moments,
     percent_unlearned,
     pool,
     precision_recall,
@@ -60,7 +62,7 @@ from metrics import (
     unlearning_accuracy,  # noqa: F401 (the same)
 )
 from run import checksum, choose_amp, choose_device, commit, machine, option, parse, refusing, write_json
-from samples import balanced_labels, generate, image_grid, sampler_of, unconditional_sampler  # noqa: F401 (the same)
+from samples import balanced_labels, generate, sampler_of, unconditional_sampler
 from stable_diffusion import load_stable_diffusion
 from unet import VPSchedule, ddim_sample, load_unet, read_tensors
 
@@ -208,8 +210,8 @@ def evaluate_concept(sample, sd, judge, concept, per_pair, seed, teacher, nfe=1)
     """What a network still draws of a concept ("three", "red", "red three"; "" for none) and of all others.
 
     sample: (z, c, noise) -> pictures. judge: a ConceptJudge. teacher: its features (N, 131), digits, colours and pairs,
-    as `pretrain.py tiny-sd` keeps them, from the same noise; they stand beside each number. Returns a dictionary for
-    metrics.json:
+    as `pretrain.py tiny-sd` keeps them, from the same noise if `seed` is theirs, 0; they stand beside each number.
+    Returns a dictionary for metrics.json:
 
     ua                 share of pictures asked for with the concept that do not show it
     became             what they show instead: the three most frequent, and their shares
@@ -326,9 +328,10 @@ class Config:
     )
     steps: int = option(50, "steps of the ddim sampler", low=1, high=1000)
     eta: float = option(0.0, "ddim: 0 deterministic, 1 as much noise as the ancestral sampler", low=0, high=1)
-    guidance: float = option(0.0, "null + guidance (cond - null); 1 is none; 0: 1, and for text-to-image 4.5 as its "
-                             "teacher", low=0)
-    forget: str = option("auto", "classes that should be gone; auto: what the checkpoint's card says; none", nargs="+")
+    guidance: float = option(0.0, "k in null + k (cond - null); 1: none; 0 stands for the usual one, 1, or for "
+                             "text-to-image 4.5", low=0)
+    forget: str = option("auto", "classes that should be gone; auto: those on the checkpoint's card; none: no class",
+                         nargs="+")
     features: str = option("classifier", "what distances are taken on; inception: CIFAR-10 and STL-10, needs --data",
                            choices=["classifier", "inception"])
     per_class: int = option(0, "images of each class; FIDs compare only at equal numbers; 0: 300, with Inception 5,000",

@@ -36,8 +36,11 @@ def class_accuracies(labels, predictions):
 
 
 def retained_accuracy(labels, predictions, forget=()):
-    """Accuracy, 0..1, averaged over the classes that are not forgotten."""
+    """Accuracy, 0..1, averaged over the classes that are not forgotten. labels, predictions (N,); forget: one class or
+    several. ValueError when that leaves none."""
     kept = [v for k, v in class_accuracies(labels, predictions).items() if k not in as_classes(forget)]
+    if not kept:
+        raise ValueError(f"no image of a class other than {forget}, so there is no retained accuracy")
     return sum(kept) / len(kept)
 
 
@@ -47,7 +50,7 @@ def entropy(probabilities):
 
 
 def mean_confidence(probabilities):
-    """Mean probability, 1/K..1, that the classifier gives to what it sees: (N, K). Low on noise."""
+    """Mean probability, 1/K..1, that the classifier gives to what it sees: (N, K). It can be high on noise."""
     return probabilities.max(dim=1).values.mean().item()
 
 

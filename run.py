@@ -138,6 +138,7 @@ def choose_amp(name, device):
     """auto | bf16 | fp16 | off -> torch.bfloat16, torch.float16 or None (float32 throughout).
 
     auto takes bf16 where the hardware multiplies it natively: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX.
+    Elsewhere fp16 on GPUs, and None on CPUs.
     """
     cpu = any(getattr(torch.cpu, f, lambda: False)() for f in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     if name == "auto":

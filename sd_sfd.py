@@ -110,8 +110,8 @@ class Config:
     prompt_dropout: float = option(0.1, "share of prompts replaced by the empty one in psi's training; official: 0.1",
                                    low=0, high=1)
     t_init: int = option(625, "the noise level that the generator works at; official: 625", low=0, high=999)
-    t_min: int = option(20, "first step at which the scores are compared; official: 20", low=0, high=999)
-    t_max: int = option(980, "the step before which they end; official: 980", low=1, high=1000)
+    t_min: int = option(20, "first step t of (S2) and (S3); official: 20", low=0, high=999)
+    t_max: int = option(980, "the step before which t ends in (S2) and (S3); official: 980", low=1, high=1000)
     ema: float = option(0.95, "decay of theta's weight average, the result; official: 0, theta itself", low=0, high=1)
     clip_value: float = option(1.0, "each gradient entry is clipped to +-this; 0: not", low=0)
     weights: str = option("float32", "what weights are kept in; bf16 takes half the memory, and loses small updates",

@@ -20,19 +20,26 @@ def read(folder, pattern="*.json"):
     runs = [json.loads(path.read_text()) for path in sorted((HERE / folder).glob(pattern))]
 
     def kind(run):
-        config = {k: v for k, v in run["config"].items() if k not in ("forget", "seed", "out", "posterior", "init_generator", "init_fake_score")}
-        return config | {"precision": run["amp"]}
+        own = ("forget", "seed", "out", "posterior", "init_generator", "init_fake_score")
+        return {k: v for k, v in run["config"].items() if k not in own} | {"precision": run["amp"]}
 
-    different = {name for run in runs for name, value in kind(run).items() if kind(runs[0]).get(name, value) != value}
+    first = kind(runs[0])
+    different = {name for run in runs for name, value in kind(run).items() if first.get(name, value) != value}
     if different:
         sys.exit(f"results/{folder} holds runs of several kinds: they differ in {', '.join(sorted(different))}")
     return runs
 
 
+def seeds(runs):
+    """seed 1; seeds 1, 2, 3"""
+    of = sorted({run["seed"] for run in runs})
+    return f"seed{'s' * (len(of) > 1)} {', '.join(map(str, of))}"
+
+
 def where(runs):
     """The machines, with the seeds that each one ran if there are several."""
-    seeds = {run["machine"]: {r["seed"] for r in runs if r["machine"] == run["machine"]} for run in runs}
-    names = [f"{name} (seed{'s' * (len(of) > 1)} {', '.join(map(str, sorted(of)))})" if len(seeds) > 1 else name for name, of in seeds.items()]
+    by = {run["machine"]: [r for r in runs if r["machine"] == run["machine"]] for run in runs}
+    names = [f"{name} ({seeds(group)})" if len(by) > 1 else name for name, group in by.items()]
     return f"machine{'s' * (len(names) > 1)}: {'; '.join(names)}, {runs[0]['amp']}"
 
 
@@ -44,34 +51,43 @@ def all_classes():
     """One row a forgotten class: mean and standard deviation over seeds, the worst seed beside it."""
     runs = read("ddpm_sfd-mnist")
     lines = [
-        "| forgotten | UA, % (worst) | retained accuracy, % (worst) | teacher's | FID (worst) | teacher's | worst ratio | seconds |",
+        "| forgotten | UA, % (worst) | retained accuracy, % (worst) | teacher's | FID (worst) | teacher's | worst ratio "
+        "| seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
 
     def row(name, group):
-        def of(key, scale=1):
-            return [scale * run[key] for run in group]
-
-        ratios = [run["fid"] / run["teacher_fid"] for run in group]
+        ua, accuracy, teacher = (
+            [100 * run[key] for run in group] for key in ("ua", "retained_accuracy", "teacher_retained_accuracy"))
+        fid, teacher_fid, took = ([run[key] for run in group] for key in ("fid", "teacher_fid", "seconds"))
         return (
-            f"| {name} | {spread(of('ua', 100), '{:.2f}')} ({min(of('ua', 100)):.2f}) "
-            f"| {spread(of('retained_accuracy', 100), '{:.2f}')} ({min(of('retained_accuracy', 100)):.2f}) | {mean(of('teacher_retained_accuracy', 100)):.2f} "
-            f"| {spread(of('fid'), '{:.3f}')} ({max(of('fid')):.3f}) | {mean(of('teacher_fid')):.3f} | {max(ratios):.2f} | {spread(of('seconds'), '{:.0f}')} |"
+            f"| {name} | {spread(ua, '{:.2f}')} ({min(ua):.2f}) "
+            f"| {spread(accuracy, '{:.2f}')} ({min(accuracy):.2f}) | {mean(teacher):.2f} "
+            f"| {spread(fid, '{:.3f}')} ({max(fid):.3f}) | {mean(teacher_fid):.3f} "
+            f"| {max(a / b for a, b in zip(fid, teacher_fid)):.2f} | {spread(took, '{:.0f}')} |"
         )
 
     for k in sorted({run["forget"][0] for run in runs}):
         lines.append(row(k, [run for run in runs if run["forget"] == [k]]))
     lines.append(row(f"**all {len(runs)} runs**", runs))
-    for folder, more in (("t-max-600", ""), ("unguided", ", without guidance")):
+    longer = read("ddpm_sfd-mnist-960-steps")
+    steps, of = longer[0]["config"]["steps"], sorted({run["forget"][0] for run in longer})
+    digits = "all digits" if len(of) == 10 else f"digits {', '.join(map(str, of))}"
+    lines.append(row(f"**{len(longer)} runs of {digits} with `--steps {steps}`**, {seeds(longer)}, {longer[0]['amp']}", longer))
+    for folder in ("t-max-600", "unguided"):
         before = read(f"ddpm_sfd-mnist-{folder}")
         config = before[0]["config"]
-        lines.append(row(f"{len(before)} runs of all digits at earlier settings{more}, {config['steps']} steps, lambda {config['lambda_generator']:g} for theta, t below {config['t_max']}", before))
-    first = runs[0]
-    seeds = sorted({run["seed"] for run in runs})
+        lines.append(row(
+            f"{len(before)} runs of all digits at earlier settings, {config['steps']} steps, guidance "
+            f"{config.get('guidance', 1):g}, lambda {config['lambda_generator']:g} for theta, t below {config['t_max']}, "
+            f"rates down to {config['lr_end']:g}", before))
+    first, config = runs[0], runs[0]["config"]
     lines += [
         "",
-        f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; {first['images_per_class']} images of each class; {first['config']['steps']} steps, lambda {first['config']['lambda_generator']:g} for theta, t below {first['config']['t_max']}, guidance {first['config']['guidance']:g} "
-        f"({first['config']['guidance_safe']:g} towards the safe class); {where(runs)}; FID of real test images, for scale: {first['real_test_fid']:.4f} without class {first['forget'][0]}. "
+        f"{seeds(runs).capitalize()}; {first['images_per_class']} images of each class; {config['steps']} steps, "
+        f"lambda {config['lambda_generator']:g} for theta, t below {config['t_max']}, guidance {config['guidance']:g} "
+        f"({config['guidance_safe']:g} towards the safe class); {where(runs)}; FID of real test images, for scale: "
+        f"{first['real_test_fid']:.4f} without class {first['forget'][0]}. "
         f"Made by `python results/all_classes.py ddpm_sfd`, raw numbers in `results/ddpm_sfd-mnist/`.",
     ]
     return lines
@@ -81,7 +97,8 @@ def vdu():
     """One row a forgotten class: mean and standard deviation over seeds, the worst seed beside it."""
     runs = read("vdu-mnist")
     lines = [
-        "| forgotten | PUL, % (worst) | u-FID over the teacher's retained images' (worst) | the same, classes alike | over the teacher's u-FID "
+        "| forgotten | PUL, % (worst) | u-FID over the teacher's retained images' (worst) | the same, classes alike "
+        "| over the teacher's u-FID "
         "| confidence, points to the teacher's (worst) | steps | seconds of training |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -102,8 +119,10 @@ def vdu():
 
     def settings(run):
         config = run["config"]
-        return (f"(V3) {'by its tangent' if config.get('plasticity') == 'tangent' else 'as it is'}, gamma {config['gamma']}, "
-                f"{run['undesired_images'] if config['images'] else 'all'} undesired images, batches of {config['batch_size']}, end at growth {config['stop_at']}")
+        how = "by its tangent" if config.get("plasticity") == "tangent" else "as it is"
+        images = run["undesired_images"] if config["images"] else "all"
+        return (f"(V3) {how}, gamma {config['gamma']}, {images} undesired images, batches of {config['batch_size']}, "
+                f"end at growth {config['stop_at']}")
 
     for k in sorted({run["forget"][0] for run in runs}):
         lines.append(row(k, [run for run in runs if run["forget"] == [k]]))
@@ -111,14 +130,15 @@ def vdu():
     for folder, more in (("64-probes", ", judged on 64 images at random steps"), ("gamma-0.5", ""), ("gamma-0.7", "")):
         before = read(f"vdu-mnist-{folder}")
         lines.append(row(f"{len(before)} runs of all digits at earlier settings, {settings(before[0])}{more}", before))
-    first, seeds = runs[0], sorted({run["seed"] for run in runs})
+    first = runs[0]
     lines += [
         "",
-        f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; {settings(first)}; {first['images']:,} images each, from the same noise before and after; "
-        f"{where(runs)}. FID of the teacher's retained images: "
+        f"{seeds(runs).capitalize()}; {settings(first)}; {first['images']:,} images each, from the same noise before and "
+        f"after; {where(runs)}. FID of the teacher's retained images: "
         f"{min(r['teacher_fid'] for r in runs):.3f} to {max(r['teacher_fid'] for r in runs):.3f}; u-FID of all its images: "
         f"{min(r['teacher_u_fid'] for r in runs):.3f} to {max(r['teacher_u_fid'] for r in runs):.3f}. "
-        f"Made by `python results/all_classes.py vdu --seeds {' '.join(map(str, seeds))}`, raw numbers in `results/vdu-mnist/`.",
+        f"Made by `python results/all_classes.py vdu --seeds {' '.join(map(str, sorted({r['seed'] for r in runs})))}`, "
+        f"raw numbers in `results/vdu-mnist/`.",
     ]
     return lines
 
@@ -128,7 +148,8 @@ def concepts():
     teacher's."""
     runs = read("sd_sfd-tiny")
     lines = [
-        "| forgotten | UA, % (worst) | near accuracy, % (worst) | teacher's | far accuracy, % (worst) | teacher's | FID (worst) | teacher's | worst ratio | seconds |",
+        "| forgotten | UA, % (worst) | near accuracy, % (worst) | teacher's | far accuracy, % (worst) | teacher's "
+        "| FID (worst) | teacher's | worst ratio | seconds |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
 
@@ -149,12 +170,13 @@ def concepts():
 
     for concept in sorted({run["forget"] for run in runs}, key=lambda concept: (len(concept.split()), concept)):
         lines.append(row(concept, [run for run in runs if run["forget"] == concept]))
-    first, seeds = runs[0], sorted({run["seed"] for run in runs})
+    first = runs[0]
     lines += [
         row(f"**all {len(runs)} runs**", runs),
         "",
-        f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; {first['images']:,} pictures a run, {first['images_per_pair']} of each digit in each colour; "
-        f"{first['config']['steps']} steps; {where(runs)}. Near: prompts that share a word with the concept; teacher: 50 DDIM steps, guidance 4.5, where the generator learned {first['config']['k_teacher']}. "
+        f"{seeds(runs).capitalize()}; {first['images']:,} pictures a run, {first['images_per_pair']} of each digit in each "
+        f"colour; {first['config']['steps']} steps; {where(runs)}. Near: prompts that share a word with the concept; "
+        f"teacher: 50 DDIM steps, guidance 4.5, where the generator learned {first['config']['k_teacher']}. "
         f"Made by `python results/all_classes.py sd_sfd`, raw numbers in `results/sd_sfd-tiny/`.",
     ]
     return lines
@@ -163,22 +185,28 @@ def concepts():
 def two_stage():
     """One row a way: mean and standard deviation over seeds."""
     lines = ["| forgetting 0 | UA, % | retained accuracy, % | FID |", "|---|---|---|---|"]
-    for way in ("one-stage", "two-stage"):
+    for way, name in (("one-stage", "one stage, {} steps"), ("two-stage", "distilled first, as many steps in all")):
         runs = read("two-stage", f"{way}-forget0-*.json")
         columns = [("ua", 100, "{:.1f}"), ("retained_accuracy", 100, "{:.1f}"), ("fid", 1, "{:.3f}")]
         cells = [spread([scale * run[key] for run in runs], form) for key, scale, form in columns]
-        name = {"one-stage": f"one stage, {runs[0]['total_steps']} steps", "two-stage": "distilled first, as many steps in all"}[way]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    teacher = f"the teacher: {100 * mean(run['teacher_retained_accuracy'] for run in runs):.1f}% and {mean(run['teacher_fid'] for run in runs):.3f}"
+        lines.append(f"| {name.format(runs[0]['total_steps'])} | {' | '.join(cells)} |")
+    accuracy, fid = (mean(run[f"teacher_{key}"] for run in runs) for key in ("retained_accuracy", "fid"))
     config = runs[0]["config"] | {"guidance": 1, "guidance_safe": 1}  # runs from before these options had none
-    flags = " ".join(f"--{key.replace('_', '-')} {config[key]:g}" for key in ("ema", "lr_end", "lambda_generator", "t_max", "guidance", "guidance_safe"))
-    return [*lines, "", f"{len(runs)} seeds; {teacher}; earlier settings than the preset's. Made by `python results/two_stage.py --steps {runs[0]['total_steps']} -- {flags}`, raw numbers in `results/two-stage/`."]
+    names = ("ema", "lr_end", "lambda_generator", "t_max", "guidance", "guidance_safe")
+    flags = " ".join(f"--{name.replace('_', '-')} {config[name]:g}" for name in names)
+    return [
+        *lines,
+        "",
+        f"{len(runs)} seeds; the teacher: {100 * accuracy:.1f}% and {fid:.3f}; earlier settings than the preset's. Made by "
+        f"`python results/two_stage.py --steps {runs[0]['total_steps']} -- {flags}`, raw numbers in `results/two-stage/`.",
+    ]
 
 
 def step_time():
     """One row a file of benchmarks/step_time.py; a GPU's says what it is in place of the network's name alone."""
     lines = [
-        "| network | batch | plain float32, two passes | `ddpm_sfd.py` | times as fast | images a second | share of the chip's peak | peak memory, plain → ours |",
+        "| network | batch | plain float32, two passes | `ddpm_sfd.py` | times as fast | images a second "
+        "| share of the chip's peak | peak memory, plain → ours |",
         "|---|---|---|---|---|---|---|---|",
     ]
     runs = [json.loads(path.read_text()) for path in sorted(HERE.glob("step_time-*.json"))]
@@ -188,9 +216,12 @@ def step_time():
 
     for r in sorted(runs, key=on_gpu):
         memory, batch, share = r["peak_memory_bytes"], r["batch"], r.get("share_of_peak")
-        name = r["network"] + (f", {r['machine'].split(',')[0]}, {r['precision'].removeprefix('torch.')}{', compiled' * r['compiled']}" if on_gpu(r) else "")
+        name, precision = r["network"], r["precision"].removeprefix("torch.")
+        if on_gpu(r):
+            name += f", {r['machine'].split(',')[0]}, {precision}{', compiled' * r['compiled']}"
         lines.append(
-            f"| {name} | {batch[0]} + {batch[1]}, {len(r['seconds']['ours'])} steps | {r['median']['plain']:.3f} s | {r['median']['ours']:.3f} s | {r['speedup']:.2f} "
+            f"| {name} | {batch[0]} + {batch[1]}, {len(r['seconds']['ours'])} steps "
+            f"| {r['median']['plain']:.3f} s | {r['median']['ours']:.3f} s | {r['speedup']:.2f} "
             f"| {sum(batch) / r['median']['ours']:,.1f} | {f'{share:.0%}' if share else 'not measured'} "
             f"| {memory['plain'] / 2**20:,.0f} → {memory['ours'] / 2**20:,.0f} MiB |"
         )
@@ -200,8 +231,9 @@ def step_time():
     return [
         *lines,
         "",
-        f"Median over the timed steps (their times are in the JSON), both loops in turn in one process; but for GPUs {cpu['machine']}, "
-        f"{cpu['precision'].removeprefix('torch.')}; memory: {cpu['memory_is']}, on a GPU what is allocated there. Made by `python benchmarks/step_time.py`.",
+        "Median over the timed steps (their times are in the JSON), both loops in turn in one process; but for GPUs "
+        f"{cpu['machine']}, {cpu['precision'].removeprefix('torch.')}; memory: {cpu['memory_is']}, on a GPU what is "
+        "allocated there. Made by `python benchmarks/step_time.py`.",
     ]
 
 
@@ -211,11 +243,17 @@ def sampling():
     lines += [
         f"| {name} | {row['network_calls']:,} | {row['images_per_second']:,.1f} |" for name, row in r["rows"].items()
     ]
-    return [*lines, "", f"{r['machine']}, {r['precision']}; timed {len(r['rows']['generator, 1 call']['seconds'])} time(s). Made by `python benchmarks/sampling.py`."]
+    times = len(r["rows"]["generator, 1 call"]["seconds"])
+    made = "Made by `python benchmarks/sampling.py`."
+    return [*lines, "", f"{r['machine']}, {r['precision']}; timed {times} time(s). {made}"]
+
+
+TABLES = {"all-classes": all_classes, "concepts": concepts, "vdu": vdu, "two-stage": two_stage, "step-time": step_time,
+          "sampling": sampling}
 
 
 def render(text):
-    for name, table in (("all-classes", all_classes), ("concepts", concepts), ("vdu", vdu), ("two-stage", two_stage), ("step-time", step_time), ("sampling", sampling)):
+    for name, table in TABLES.items():
         block = "\n".join([f"<!-- {name}: made by results/tables.py -->", *table(), f"<!-- end {name} -->"])
         text, found = re.subn(
             rf"<!-- {name}: .*?<!-- end {name} -->", lambda _, block=block: block, text, flags=re.DOTALL

@@ -301,7 +301,10 @@ def test_two_stages_start_from_the_files_of_the_first(tmp_path, tiny_file):
         files = [load_unet(tmp_path / d / f"{name}.safetensors").state_dict() for d in ("first", "second")]
         assert all(torch.equal(files[0][k], files[1][k]) for k in files[0]), name
         assert not all(torch.equal(v, files[0][k]) for k, v in load_unet(tiny_file).state_dict().items()), name
-    for words, says in ((f"{init} --t-init 300", "was made for --t-init 440"), ("mnist", "configuration")):
+    swapped = "first/fake_score.safetensors --init-fake-score first/generator.safetensors"
+    for words, says in ((f"{init} --t-init 300", "was made for --t-init 440"), ("mnist", "configuration"),
+                        (swapped, "--init-generator first/fake_score.safetensors is no generator"),
+                        (init.replace("fake_score.", "generator."), "generator.safetensors is a generator")):
         process = inside(second.format(words).replace("--out second", "--out third"), tmp_path)
         assert process.returncode == 2 and says in process.stderr and not (tmp_path / "third").exists()
 

@@ -202,6 +202,8 @@ def test_unlearning_accuracy_counts_images_of_the_forgotten_label_only():
     assert metrics.class_accuracies(labels, seen) == {0: 0.25, 1: 0.5, 2: 1.0}
     with pytest.raises(ValueError, match="no image"):
         metrics.unlearning_accuracy(labels, seen, 7)
+    with pytest.raises(ValueError, match="no image"):
+        metrics.retained_accuracy(labels, seen, [0, 1, 2])
 
 
 def test_entropy_in_nats():
