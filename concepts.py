@@ -128,7 +128,7 @@ def read_digit(pictures):
 
 
 class ConceptJudge:
-    """Reads pictures (N, 3, 32, 32) in [-1, 1] of the tiny model: digits (N,), colours (N,), and features (N, 131).
+    """Reads pictures (N, 3, 32, 32) in [-1, 1] of the tiny model: features (N, 131), digits (N,) and colours (N,).
 
     Features are the 128 that the MNIST classifier sees in the grey digit, and the 3 parts of its ink. So the moments of
     real pictures of each pair are known without one being at hand: those of MNIST's digits, and the colour itself.

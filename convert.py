@@ -6,7 +6,7 @@
     python convert.py ddpm-cifar10-32 unconditional.safetensors          # a folder as diffusers writes it
     python convert.py hub:google/ddpm-cifar10-32 unconditional.safetensors    # the same from the hub
 
-The method files take such sources too: `--teacher hub:google/ddpm-cifar10-32`, `--teacher https://...`.
+vdu.py takes such sources too, `--teacher hub:google/ddpm-cifar10-32`, and ddpm_sfd.py class-conditional ones.
 
 The source is recognised by what is in it:
 
@@ -54,7 +54,8 @@ class Config:
     raw: bool = option(False, "of a checkpoint list: the weights as trained, even where there is an EMA of them")
     part: str = option("auto", "of a list of 5 or 6 items: which network; auto: the generator",
                        choices=["auto", "generator", "fake-score"])
-    image_size: int = option(0, "height and width in pixels; 0: what the source says, or is known to work at", low=0)
+    image_size: int = option(0, "height and width, of latents where those are drawn; 0: what the source says, or is "
+                             "known to work at", low=0)
     t_init: int = option(440, "the noise level that a generator works at, for its card; official: 440", low=0, high=999)
 
 
@@ -314,7 +315,7 @@ def read_diffusers(config, tensors, file):
         theirs = json.loads(file.read_text())
         if theirs.get("_class_name") == "UNet2DConditionModel":  # Stable Diffusion's
             found = {"container": "UNet2DConditionModel of diffusers", "tensors": len(tensors)}
-            return text_unet(tensors, theirs), found
+            return text_unet(tensors, theirs | ({"sample_size": config.image_size} if config.image_size else {})), found
         settings = diffusers_settings(theirs, config.image_size)
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"its {file.name} describes no UNet2DModel: {error!r}") from None

@@ -73,7 +73,7 @@ class Config:
     preset: str = option("mnist", "settings to start from", choices=list(PRESETS))
     forget: str = option("0", "class or classes to forget; none: plain distillation", nargs="+")
     override: str = option("next", "the safe class: a number, next (the next retained one) or random (drawn each time)")
-    teacher: str = option("mnist", "a shipped name, a file, a URL or hub:ORG/NAME; see convert.py")
+    teacher: str = option("mnist", "class-conditional: a shipped name, a file or a URL; see convert.py")
     init_generator: str = option("", "two-stage SFD: where theta starts, the generator of a --forget none run")
     init_fake_score: str = option("", "two-stage SFD: where psi starts, the fake score of that run")
     steps: int = option(240, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)

@@ -1,6 +1,7 @@
 """The Inception behind FID at CIFAR-10 and STL-10 size, and what the metrics compare with: features of real images.
 
-The network is the one of Heusel et al. 2017, TensorFlow's of December 2015, as pytorch-fid and torch-fidelity read it.
+The network is the one of Heusel et al. 2017, TensorFlow's of December 2015: pytorch-fid's file of
+weights, and images enlarged and scaled as in TensorFlow and torch-fidelity (pytorch-fid itself differs in both).
 Torchvision's Inception v3 is another: this one leaves padding out of its averages, takes a maximum in place of an
 average in its last block, has 1,008 classes, and its images are enlarged as TensorFlow did then. Each of these moves
 the score, so that FIDs compare only if all of them are as here.

@@ -12,9 +12,11 @@
     python pretrain.py cifar10-posterior   # from google/ddpm-cifar10-32
     python pretrain.py cifar10-classifier  # an hour on one GPU, for eval.py --classifier; stl10-classifier likewise
 
-Each leaves a .safetensors file and its card, a .json that says how it was made and what it scores, in
-runs/pretrain-<what>/. Copy both to weights/ before the next command; that is where it looks. MNIST is read from
---data, and torchvision downloads it there if it is not there yet.
+Each leaves its files in runs/pretrain-<what>/, with a card (.json) that says how they were made and what they score.
+What ships is copied to weights/ before the next command: the files of mnist-classifier, mnist, mnist-posterior and
+mnist-statistics, the folder tiny-sd, and into it those of tiny-sd-posterior. mnist-unconditional and
+tiny-sd-autoencoder stay where they are: the next command finds them in runs/. Data sets are read from --data, and
+torchvision downloads them there if they are not there yet.
 """
 
 import copy
@@ -84,16 +86,18 @@ PRESETS = {
 @dataclass
 class Config:
     what: str = option("mnist", "what to make", choices=list(PRESETS), positional=True)
-    data: str = option("data", "folder in which torchvision's MNIST lies, or goes")
+    data: str = option("data", "folder in which torchvision's data sets lie, or go")
     steps: int = option(12_000, "optimizer steps", low=0)
     batch_size: int = option(64, "images a step, over all processes", low=1)
     lr: float = option(1.5e-3, "peak learning rate of Adam; of SGD for the classifiers of CIFAR-10 and STL-10", low=0)
     lr_down: float = option(0.4, "share of the steps, the last ones, over which the rate goes to 0", low=0, high=1)
     flip: float = option(0.0, "share of images that are mirrored; teachers", low=0, high=1)
-    ema: float = option(0.999, "decay of the weight average that is kept; teachers", low=0, high=1)
-    label_dropout: float = option(0.1, "share of labels replaced by 'none', for guidance; teachers", low=0, high=1)
+    ema: float = option(0.999, "decay of the weight average that is kept; teachers, tiny-sd", low=0, high=1)
+    label_dropout: float = option(0.1, "share of labels or prompts replaced by 'none', for guidance; teachers, tiny-sd",
+                                  low=0, high=1)
     min_snr: float = option(5.0, "loss weight min(SNR, this) / SNR (Hang et al. 2023, 'Min-SNR'); teachers", low=0)
-    init: str = option("", "teacher to start from: a shipped name, a file, a URL or hub:ORG/NAME; teachers")
+    init: str = option("", "what to start from: a teacher, by shipped name, file, URL or hub:ORG/NAME; tiny-sd: its "
+                       "autoencoder's file")
     checkpoints: int = option(5, "K, networks that share a beginning and share the steps; posterior", low=2)
     per_class: int = option(300, "teacher images of each class; statistics", low=2)
     images: int = option(2000, "images of the unconditional teacher; statistics", low=100)
@@ -506,9 +510,8 @@ def make_tiny_posterior(config, run):
     loss_of = tiny_sd.latent_loss(config, run, sd.vae, sd.tokenizer, sd.schedule)
     sd.text_encoder.requires_grad_(False)
     _, variance, facts = go_on_apart(config, run, sd.unet, lambda unet: loss_of(sd.text_encoder, unet))
-    if run.rank == 0:  # bfloat16: variances are far below float16's range
-        write_variance(run, run.folder / "posterior.safetensors", variance, "tiny-sd's U-Net is where they began",
-                       torch.bfloat16, **facts)
+    write_variance(run, run.folder / "posterior.safetensors", variance, "tiny-sd's U-Net is where they began",
+                   torch.bfloat16, **facts)  # bfloat16: variances are far below float16's range
 
 
 # ---------------------------------------------------------------------------- main

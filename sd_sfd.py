@@ -79,11 +79,12 @@ PRESETS = {
 @dataclass
 class Config:
     preset: str = option("tiny", "settings to start from", choices=list(PRESETS))
-    forget: str = option("three", "the concept: a word or a phrase; none: plain distillation", nargs="+")
+    forget: str = option("three", "the concept: a word or a phrase (with --mode negative and a folder several, each "
+                         "forbidden); none: plain distillation", nargs="+")
     override: str = option("next", "the safe concept; next: the tiny model's next digit or colour", nargs="+",
                           joint=" ")
     mode: str = option("replace", "replace: the teacher is asked for the prompt with the concept replaced; negative: "
-                       "it is asked for the prompt without the concept, and has that as its negative prompt",
+                       "it is asked for the prompt without the concept, and the concept is its negative prompt",
                        choices=["replace", "negative"])
     sd: str = option("tiny-sd", "the shipped model, or a folder as the hub serves Stable Diffusion 1.x")
     retain_prompts: str = option("", "file of prompts to retain, one a line; the tiny model has its own")
@@ -114,7 +115,8 @@ class Config:
     t_max: int = option(980, "the step before which t ends in (S2) and (S3); official: 980", low=1, high=1000)
     ema: float = option(0.95, "decay of theta's weight average, the result; official: 0, theta itself", low=0, high=1)
     clip_value: float = option(1.0, "each gradient entry is clipped to +-this; 0: not", low=0)
-    weights: str = option("float32", "what weights are kept in; bf16 takes half the memory, and loses small updates",
+    weights: str = option("float32", "what weights are kept in; bf16 takes half the memory, and loses every update "
+                          "under 1/500 to 1/250 of its weight, at the official rates nearly all of them",
                           choices=["float32", "bf16"])
     gradient_checkpointing: bool = option(False, "forget what happens inside the networks' blocks and compute it again")
     compile: bool = option(False, "torch.compile the networks: minutes at the start, then faster steps on a GPU")
@@ -139,9 +141,10 @@ def one_step(generator, z, c, schedule, t_init):
 
 
 def fake_score_loss(fake_score, x_g, t, c, nothing, noise, schedule, k1):
-    """DDPM's denoising loss on the generator's latents x_g (B, C, H, W), of the guided prediction (LSG): (B,).
+    """DDPM's denoising loss on the generator's latents x_g (B, C, H, W), of the guided prediction (LSG): a sum over
+    the latent, (B,).
 
-    Where c is `nothing` itself, (1, L, D), guidance changes nothing."""
+    t (B,), c (B, L, D), noise (B, C, H, W); nothing (1, L, D): "" as the text encoder reads it."""
     x_t = schedule.add_noise(x_g, noise, t)  # (D1)
     eps = guided_noise(fake_score, x_t, t, c, k1, nothing)  # (L1)
     return (noise - eps).square().sum(dim=(1, 2, 3))  # (S2) L_psi = || eps - eps_psi^k1(x_t, t, c) ||^2
@@ -151,8 +154,9 @@ def generator_loss(teacher, fake_score, x_g, t, c_teacher, c_fake, nothing_teach
                    k_teacher, k_fake):
     """How far apart teacher and fake score are, both guided, at the latents x_g (B, C, H, W): one value each, (B,).
 
-    nothing_teacher (B, L, D): where the teacher's guidance starts from: "", or the negative prompt if there is one.
-    Gradients reach the generator through x_g wherever it stands, through both networks' inputs too."""
+    t (B,), noise (B, C, H, W); c_teacher and c_fake (B, L, D): c' and c; nothing (1, L, D): ""; nothing_teacher
+    (B, L, D): where the teacher's guidance starts from: "", or the negative prompt if there is one. Values may be
+    negative. Gradients reach the generator through x_g wherever it stands, through both networks' inputs too."""
     x_t = schedule.add_noise(x_g, noise, t)  # (D1)
     eps_phi = guided_noise(teacher, x_t, t, c_teacher, k_teacher, nothing_teacher)  # (L1) with k4
     eps_psi = guided_noise(fake_score, x_t, t, c_fake, k_fake, nothing)  # (L1) with k2 = k3
@@ -229,8 +233,8 @@ def train(config, run, teacher, schedule, prompts, look=None, generator=None, fa
     nothing_teacher = torch.cat([nothing.repeat(n_retained, 1, 1), negative.repeat(n_forgotten, 1, 1)])
 
     teacher = teacher.eval().requires_grad_(False)  # phi
-    fake_score = (fake_score or copy.deepcopy(teacher)).train().requires_grad_(True)  # psi
-    generator = (generator or copy.deepcopy(teacher)).train().requires_grad_(True)  # theta
+    fake_score = (fake_score or copy.deepcopy(teacher)).requires_grad_(True)  # psi
+    generator = (generator or copy.deepcopy(teacher)).requires_grad_(True)  # theta
     for network in (teacher, fake_score, generator):
         run.prepare(network)
         network.gradient_checkpointing = config.gradient_checkpointing
@@ -281,10 +285,14 @@ def train(config, run, teacher, schedule, prompts, look=None, generator=None, fa
 
     latest = []  # the latents of forget prompts that were drawn last
     for _ in run.loop(state, label="SFD"):
-        fake_score.requires_grad_(True)  # 1. the fake score learns the generator's distribution
+        # 1. the fake score learns the generator's distribution; dropout is active in what is being trained alone
+        generator.eval()
+        fake_score.train().requires_grad_(True)
         loss_psi = run.update("loss_psi", fake_score_losses(), fake_score, optimizer_psi, config.clip_value)
 
-        fake_score.requires_grad_(False)  # 2. the generator moves to where teacher and fake score agree
+        # 2. the generator moves to where teacher and fake score agree
+        generator.train()
+        fake_score.eval().requires_grad_(False)
         loss_theta = run.update("loss_theta", generator_losses(), generator, optimizer_theta, config.clip_value)
         if ema:
             ema.update_parameters(generator)

@@ -1,13 +1,15 @@
 """What sd_sfd.py stands on: the parts of Stable Diffusion 1, and the folder that they come in.
 
+    import torch
     from stable_diffusion import load_stable_diffusion
     from unet import ddim_sample
 
     sd = load_stable_diffusion("tiny-sd")                       # or a folder as the hub serves it
-    c, null = sd.embed(["a red seven", "a blue three"]), sd.embed([""])
-    latents = ddim_sample(sd.unet, sd.schedule, torch.randn(2, *sd.unet.image_shape), c, guidance=4.5, null=null,
-                          x0_clip=False)
-    images = sd.vae.decode(latents)
+    with torch.no_grad():
+        c, null = sd.embed(["a red seven", "a blue three"]), sd.embed([""])
+        latents = ddim_sample(sd.unet, sd.schedule, torch.randn(2, *sd.unet.image_shape), c, guidance=4.5, null=null,
+                              x0_clip=False)
+        images = sd.vae.decode(latents)
 
 A latent diffusion model (Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022) is a
 diffusion model of small pictures, the latents, with a translator at each end:
@@ -194,8 +196,8 @@ class StableDiffusion:
                 raise ValueError(f"its parts do not fit together: {what}: {one} and {other}")
 
     def embed(self, prompts):
-        """list of str -> text embeddings (B, L, D), on the text encoder's device; under torch.no_grad(), unless the
-        text encoder is in training."""
+        """list of str -> text embeddings (B, L, D), on the text encoder's device. Gradients flow: call it under
+        torch.no_grad() unless the text encoder is being trained."""
         return self.text_encoder(self.tokenizer(prompts).to(next(self.text_encoder.parameters()).device))
 
     def to(self, device):

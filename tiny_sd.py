@@ -79,7 +79,7 @@ def latent_loss(config, run, vae, tokenizer, schedule):
     """DDPM's loss on latents of painted digits, one prompt in ten empty: a function (text encoder, U-Net) -> scalar, of
     another batch at each call."""
     digits, labels = mnist(config.data, train=True)
-    random = torch.get_rng_state()  # so that a resumed run, which encodes again, goes on as if it had not
+    random = torch.get_rng_state()  # what is drawn later does not depend on how the latents are encoded
     with run.autocast():
         latents, pairs = encode_twice(vae, digits, labels, run.device)
     torch.set_rng_state(random)

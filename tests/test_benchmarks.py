@@ -1,5 +1,6 @@
 """The benchmarks run, and count what they say that they count."""
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -56,11 +57,11 @@ def test_the_operations_of_a_step_are_those_of_its_passes():
     assert count(loop.ours) == pytest.approx(expected, rel=0.05)  # the generator's first layer needs no gradient, say
 
 
-def test_memory_is_measured(capsys):
-    benchmark = load("step_time")
-    loop = benchmark.Loop(SMALLEST, (2, 1), torch.device("cpu"))
-    for name in ("ours", "plain"):
-        assert 10 * 2**20 < benchmark.measured_memory(loop, name, cuda=False) < 64 * 2**30
+@pytest.mark.slow
+def test_memory_grows_with_the_batch():
+    benchmark, args = load("step_time"), argparse.Namespace(network="mnist", device="cpu", compile=False)
+    small, large = (benchmark.peak_memory("ours", args, sizes) for sizes in ((1, 1), (64, 16)))
+    assert 10 * 2**20 < small < large < 64 * 2**30
 
 
 def test_sampling_reports_images_a_second(tmp_path, monkeypatch):

@@ -413,6 +413,8 @@ def test_stable_diffusions_unet_and_back(tmp_path):
         expected = theirs(x, t, text).sample
         torch.testing.assert_close(ours(x, t, text), expected, rtol=1e-4, atol=1e-5)
     assert expected.std() > 0.01 and ours.config["dropout"] == 0.1
+    run(source.parent, tmp_path / "larger.safetensors", "--image-size", "16")
+    assert (ours.image_shape, load_unet(tmp_path / "larger.safetensors").image_shape) == ((4, 8, 8), (4, 16, 16))
     tensors, written = convert.text_unet_tensors(ours)
     assert {k: config[k] for k in written} == written
     for name, tensor in theirs.state_dict().items():

@@ -264,18 +264,22 @@ def test_the_teacher_alone_is_told_the_safe_prompt_and_the_negative_one(tmp_path
 
 
 def test_a_tenth_of_the_prompts_is_dropped_in_the_fake_scores_training_alone(tmp_path, unet, monkeypatch):
-    dropped = []
+    dropped, kept = [], []
 
     def spy(fake_score, x_g, t, c, nothing, *rest):
         dropped.append((c == nothing).all(dim=(1, 2)).float().mean().item())
         return x_g.sum((1, 2, 3)) * 0 + fake_score(x_g, t, c).sum()
 
     monkeypatch.setattr(sd_sfd, "fake_score_loss", spy)
-    monkeypatch.setattr(sd_sfd, "generator_loss", lambda teacher, psi, x_g, t, ct, c, *rest: x_g.sum((1, 2, 3)))
+    def spy_on_the_other(teacher, psi, x_g, t, c_teacher, c, nothing_teacher, nothing, *rest):
+        kept.append(not (c == nothing).all(dim=(1, 2)).any() and psi.training is False)
+        return x_g.sum((1, 2, 3))
+
+    monkeypatch.setattr(sd_sfd, "generator_loss", spy_on_the_other)
     go(tmp_path, unet, batch_size=1500, forget_batch_size=500, steps=1, prompt_dropout=0.1)
     assert 0.07 < dropped[0] < 0.13
     go(tmp_path / "none", unet, batch_size=100, steps=1, prompt_dropout=0.0)
-    assert dropped[1] == 0
+    assert dropped[1] == 0 and kept == [True, True]
 
 
 def words_for(sd_folder, out, more=""):
@@ -283,7 +287,7 @@ def words_for(sd_folder, out, more=""):
             f"--batch-size 4 --forget-batch-size 2 --steps 4 --eval-images 0 --device cpu --out {out} {more}")
 
 
-def test_a_run_from_a_folder_with_its_pictures_and_its_resumption(sd_folder, tmp_path):
+def test_a_run_from_a_folder_leaves_its_pictures(sd_folder, tmp_path):
     done = python(words_for(sd_folder, "whole", "--save-every 2"), tmp_path)
     assert done.returncode == 0, done.stderr
     whole = tmp_path / "whole"
