@@ -61,7 +61,7 @@ OFFICIAL = dict(  # the settings of the official code's CIFAR-10 run
     guidance=1.0, guidance_safe=1.0, clip_images="off", classifier="none",
 )
 PRESETS = {
-    "mnist": {},  # what stands below
+    "mnist": {},  # the defaults below
     "cifar10": OFFICIAL | dict(teacher="cifar10.safetensors"),
     "stl10": OFFICIAL | dict(teacher="stl10.safetensors", batch_size=64, forget_batch_size=64,
                              lr_fake_score=3e-5),

@@ -47,7 +47,7 @@ from convert import load_teacher
 from data import mnist
 from features import Judge, load_classifier, look  # noqa: F401 (for the notebooks, too)
 from inception import evaluate_inception, load_inception, real_reference
-from metrics import (
+from metrics import (  # noqa: F401 (the same)
     as_classes,
     balanced_distance,
     class_accuracies,
@@ -59,7 +59,7 @@ from metrics import (
     pool,
     precision_recall,
     report,
-    unlearning_accuracy,  # noqa: F401 (the same)
+    unlearning_accuracy,
 )
 from run import checksum, choose_amp, choose_device, commit, machine, option, parse, refusing, write_json
 from samples import balanced_labels, generate, sampler_of, unconditional_sampler
@@ -162,8 +162,7 @@ def evaluate_unconditional(sample, judge, forget, n=2000, teacher=None, teacher_
     n_before, n_after = int(before[2][forget].sum()), int(counts[forget].sum())
     return {
         "pul": percent_unlearned(n_before, n_after) if n_before else None,  # None: there was nothing to forget
-        "n_before": n_before,
-        "n_after": n_after,
+        "n_before": n_before, "n_after": n_after,
         "u_fid": frechet_distance(*pool(*after), *real),
         "teacher_fid": frechet_distance(*pool(*(x[kept] for x in before)), *real),
         "teacher_u_fid": frechet_distance(*pool(*before), *real),
@@ -172,14 +171,10 @@ def evaluate_unconditional(sample, judge, forget, n=2000, teacher=None, teacher_
         "real_test_fid": frechet_distance(*pool(*(x[kept] for x in judge.statistics["test"])), *real),
         "confidence": mean_confidence(probabilities),
         "teacher_confidence": confidence,
-        "counts": counts.tolist(),
-        "teacher_counts": [int(count) for count in before[2]],
-        "images": n,
-        "sampler": known["sampler"],
-        "sampler_dtype": sampler_dtype,
-        "evaluation_seed": seed,
-        "evaluation_seconds": seconds,
-        "seconds_per_1000": 1000 * seconds / n,
+        "counts": counts.tolist(), "teacher_counts": [int(count) for count in before[2]],
+        "images": n, "evaluation_seed": seed,
+        "sampler": known["sampler"], "sampler_dtype": sampler_dtype,
+        "evaluation_seconds": seconds, "seconds_per_1000": 1000 * seconds / n,
         "features": judge.facts["features"],
         "reference": "MNIST, training images of the retained classes, in their own proportions",
         "preprocessing": "clipped to [-1, 1], rounded to 8 bits, real and generated alike",
@@ -321,11 +316,8 @@ def table(result):
 @dataclass
 class Config:
     checkpoint: str = option("mnist", "a shipped name or a .safetensors file", positional=True)
-    sampler: str = option(
-        "auto",
-        "auto: one-step for a distilled generator, ddim otherwise",
-        choices=["auto", "one-step", "ddim", "ancestral"],
-    )
+    sampler: str = option("auto", "auto: one-step for a distilled generator, ddim otherwise",
+                          choices=["auto", "one-step", "ddim", "ancestral"])
     steps: int = option(50, "steps of the ddim sampler", low=1, high=1000)
     eta: float = option(0.0, "ddim: 0 deterministic, 1 as much noise as the ancestral sampler", low=0, high=1)
     guidance: float = option(0.0, "k in null + k (cond - null); 1: none; 0 stands for the usual one, 1, or for "

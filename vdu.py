@@ -110,8 +110,7 @@ class Config:
                              choices=["posterior", "identity"])
     t_min: int = option(300, "first step of (V3); our choice", low=0, high=999)
     t_max: int = option(600, "the step before which (V3) ends; our choice", low=1, high=1000)
-    amp: str = option("auto", "mixed precision; auto: bf16 where it is native, else fp16 on a GPU, none on a CPU",
-                      choices=["auto", "bf16", "fp16", "off"])
+    amp: str = option("auto", "mixed precision; auto: where it is native", choices=["auto", "bf16", "fp16", "off"])
     compile: bool = option(False, "torch.compile the network: minutes at the start, then faster steps on a GPU")
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
     seed: int = option(0, "seed of everything random", low=0, high=10**12)

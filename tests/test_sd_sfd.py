@@ -270,11 +270,11 @@ def test_a_tenth_of_the_prompts_is_dropped_in_the_fake_scores_training_alone(tmp
         dropped.append((c == nothing).all(dim=(1, 2)).float().mean().item())
         return x_g.sum((1, 2, 3)) * 0 + fake_score(x_g, t, c).sum()
 
-    monkeypatch.setattr(sd_sfd, "fake_score_loss", spy)
     def spy_on_the_other(teacher, psi, x_g, t, c_teacher, c, nothing_teacher, nothing, *rest):
         kept.append(not (c == nothing).all(dim=(1, 2)).any() and psi.training is False)
         return x_g.sum((1, 2, 3))
 
+    monkeypatch.setattr(sd_sfd, "fake_score_loss", spy)
     monkeypatch.setattr(sd_sfd, "generator_loss", spy_on_the_other)
     go(tmp_path, unet, batch_size=1500, forget_batch_size=500, steps=1, prompt_dropout=0.1)
     assert 0.07 < dropped[0] < 0.13
