@@ -27,20 +27,15 @@ CIFAR-10 and STL-10 networks of the DDPM code family, and is asked for with --im
 code when they are read; with `weights_only`, tensors and plain containers are all that they may hold.
 """
 
-import hashlib
-import http.client
 import json
-import os
 import re
-import urllib.parse
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
+from fetch import fetch
 from run import option, parse, refuse, refusing
 from unet import WEIGHTS, UNet, load_unet, save_unet
 
@@ -371,85 +366,6 @@ def text_unet_tensors(unet):
     return {translate(name, DIFFUSERS_TEXT)[0]: tensor for name, tensor in unet.state_dict().items()}, config
 
 
-# ---------------------------------------------------------------------------- from the network
-
-HUB = "https://huggingface.co"
-
-
-def download(url, path):
-    """Fetch `url` to `path` once: what is there already stays. Nothing is left behind unless all of it has come.
-
-    url may end in #sha256=DIGITS, which the file must then have. OSError when it cannot be had whole."""
-    url, _, digits = url.partition("#sha256=")
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part, seen = path.with_name(f"{path.name}.{os.getpid()}.part"), hashlib.sha256()  # other processes fetch it too
-    try:
-        with urllib.request.urlopen(url, timeout=30) as answer, open(part, "wb") as file:
-            length = int(answer.headers.get("Content-Length") or 0)
-            with tqdm(total=length or None, unit="B", unit_scale=True, desc=path.name) as bar:
-                while piece := answer.read(1 << 20):
-                    file.write(piece)
-                    seen.update(piece)
-                    bar.update(len(piece))
-        if length and part.stat().st_size != length:
-            raise OSError(f"{url} broke off after {part.stat().st_size:,} of {length:,} bytes; try again")
-        if digits and seen.hexdigest() != digits.lower():
-            raise OSError(f"{url} has the SHA-256 {seen.hexdigest()}, not {digits}")
-        os.replace(part, path)
-    except (OSError, http.client.HTTPException) as error:  # what urllib raises is an OSError, mostly
-        raise OSError(str(error) if url in str(error) else f"{url}: {error}") from None
-    finally:
-        part.unlink(missing_ok=True)
-    return path
-
-
-def fetch(source):
-    """The local path of what the user named: a URL, or hub:ORG/NAME, is fetched into torch's hub cache; all else stays
-    as it is. OSError when it cannot be had."""
-    source = str(source)
-    cache = Path(torch.hub.get_dir()) / "minunlearn"
-    if source.startswith("hub:"):
-        name, hub = source.removeprefix("hub:"), os.environ.get("HF_ENDPOINT", HUB)
-        for file in ("config.json", "diffusion_pytorch_model.safetensors"):
-            download(f"{hub}/{name}/resolve/main/{file}", cache / name.replace("/", "--") / file)
-        return cache / name.replace("/", "--")
-    if re.match(r"(https?|file)://", source):
-        url = urllib.parse.urlparse(source)
-        return download(source, cache / hashlib.sha256(source.encode()).hexdigest()[:12] / Path(url.path).name)
-    return source
-
-
-def load_teacher(source):
-    """The U-Net of whatever the user named: a shipped name, a file of ours, or anything that this file can fetch and
-    read, without a copy being written. ValueError or OSError when it is none."""
-    found = fetch(source)
-    shipped = (WEIGHTS / f"{found}.safetensors").is_file()
-    ours = str(found).endswith(".safetensors") and not (Path(found).parent / "config.json").is_file()
-    if found == str(source) and (shipped or ours or not Path(found).exists()):
-        return load_unet(found)  # or says what would be right
-    path = locate(Path(found))
-    unet, facts = read(Config(str(found)), path)
-    unet.path, unet.card = path, getattr(unet, "card", facts)
-    return unet.eval()
-
-
-def read_beginning(flag, source, teacher, t_init):
-    """Two-stage SFD: the network that theta or psi begins with; None: with the teacher. ValueError if it is not of the
-    teacher's configuration, for another t_init, or the other one of the two."""
-    if not source:
-        return None
-    network = load_unet(source)
-    if network.config != teacher.config:
-        raise ValueError(f"{flag} {source} is no network of the teacher's configuration")
-    if ("t_init" in network.card) != (flag == "--init-generator"):
-        raise ValueError(f"{flag} {source} is {'a' if 't_init' in network.card else 'no'} generator, by its card")
-    if network.card.get("t_init", t_init) != t_init:
-        raise ValueError(f"{flag} {source} was made for --t-init {network.card['t_init']}, not {t_init}")
-    return network
-
-
 # ---------------------------------------------------------------------------- any source
 
 
@@ -506,6 +422,41 @@ def read(config, path):
     if not (path.parent / "config.json").is_file():
         raise ValueError("tensors with no config.json beside them are neither diffusers' nor ours")
     return read_diffusers(config, content, path.parent / "config.json")
+
+
+# ---------------------------------------------------------------------------- for the methods
+
+
+def load_teacher(source):
+    """The U-Net of whatever the user named: a shipped name, a file of ours, or anything that this file can fetch and
+    read, without a copy being written. ValueError or OSError when it is none."""
+    found = fetch(source)
+    shipped = (WEIGHTS / f"{found}.safetensors").is_file()
+    ours = str(found).endswith(".safetensors") and not (Path(found).parent / "config.json").is_file()
+    if found == str(source) and (shipped or ours or not Path(found).exists()):
+        return load_unet(found)  # or says what would be right
+    path = locate(Path(found))
+    unet, facts = read(Config(str(found)), path)
+    unet.path, unet.card = path, getattr(unet, "card", facts)
+    return unet.eval()
+
+
+def read_beginning(flag, source, teacher, t_init):
+    """Two-stage SFD: the network that theta or psi begins with; None: with the teacher. ValueError if it is not of the
+    teacher's configuration, for another t_init, or the other one of the two."""
+    if not source:
+        return None
+    network = load_unet(source)
+    if network.config != teacher.config:
+        raise ValueError(f"{flag} {source} is no network of the teacher's configuration")
+    if ("t_init" in network.card) != (flag == "--init-generator"):
+        raise ValueError(f"{flag} {source} is {'a' if 't_init' in network.card else 'no'} generator, by its card")
+    if network.card.get("t_init", t_init) != t_init:
+        raise ValueError(f"{flag} {source} was made for --t-init {network.card['t_init']}, not {t_init}")
+    return network
+
+
+# ---------------------------------------------------------------------------- the command
 
 
 def write(unet, path, card):

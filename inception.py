@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 
-from convert import fetch
 from data import cifar10, stl10
 from features import look
+from fetch import fetch
 from metrics import (
     as_classes,
     frechet_distance,
