@@ -29,23 +29,14 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import mnist_statistics
 import tiny_sd
 from convert import load_teacher
 from data import cifar10, mnist, stl10
-from features import Classifier, ResNet34, load_classifier, look
-from metrics import (
-    class_accuracies,
-    class_moments,
-    frechet_distance,
-    inception_score,
-    mean_confidence,
-    pool,
-    precision_recall,
-)
+from features import Classifier, ResNet34
 from run import MAY_CHANGE, Run, checksum, commit, machine, option, parse, refuse, refusing, write_json
-from samples import balanced_labels, generate, unconditional_sampler
 from stable_diffusion import Autoencoder, load_stable_diffusion, save_stable_diffusion
-from unet import UNet, VPSchedule, ddim_sample, load_unet, read_tensors, save_unet, weights_path, write_tensors
+from unet import UNet, VPSchedule, read_tensors, save_unet, write_tensors
 from vdu import posterior
 
 MNIST = dict(
@@ -380,101 +371,15 @@ def train_classifier(config, run):
     )
 
 
-# ---------------------------------------------------------------------------- the statistics
+# ---------------------------------------------------------------------------- the statistics, the tiny text-to-image model
 
 
-@torch.no_grad()
 def make_statistics(config, run):
-    """Per-class feature moments of MNIST's training and test images, and of both teachers' under their samplers."""
-    classifier = load_classifier().to(run.device)
-    schedule, labels = VPSchedule.linear().to(run.device), balanced_labels(10, config.per_class)
-
-    real = {split: mnist(config.data, train=split == "train") for split in ("train", "test")}
-    features = {split: look(classifier, images, run.device)[0] for split, (images, _) in real.items()}
-    sets = {split: class_moments(features[split], real[split][1]) for split in real}
-    reference = pool(*sets["train"])  # in MNIST's own proportions
-    balanced = pool(*sets["train"][:2])  # all classes alike
-
-    def score(name):
-        """Moments and scores of a class-conditional teacher."""
-        teacher = load_unet(name).to(run.device)
-        images, seconds = generate(
-            lambda z, c, noise: ddim_sample(teacher, schedule, z, c, steps=50),
-            labels,
-            teacher.image_shape,
-            config.seed,
-            run.device,
-            bar=str(name),
-        )
-        seen, probabilities = look(classifier, images, run.device)
-        moments, accuracy = class_moments(seen, labels), class_accuracies(labels, probabilities.argmax(1))
-        precision, recall = precision_recall(features["train"][: len(seen)], seen)
-        return moments, {
-            "accuracy": sum(accuracy.values()) / 10,
-            "class_accuracy": list(accuracy.values()),
-            "fid": frechet_distance(*pool(*moments[:2]), *balanced),
-            "precision": precision,
-            "recall": recall,
-            "inception_score": inception_score(probabilities),
-            "images": len(labels),
-            "sampler": "DDIM, 50 steps, no guidance",
-            "seconds_per_1000": 1000 * seconds / len(labels),
-            "sha256": checksum(weights_path(name)),
-        }
-
-    def score_unconditional(name):
-        """The same of an unconditional teacher; its classes are what the classifier sees."""
-        teacher = load_unet(name).to(run.device)
-        sample, shape = unconditional_sampler(teacher, schedule, run.dtype), teacher.image_shape
-        images, seconds = generate(sample, config.images, shape, config.seed, run.device, batch=100, bar=str(name))
-        seen, probabilities = look(classifier, images, run.device)
-        moments = class_moments(seen, probabilities.argmax(1))
-        precision, recall = precision_recall(features["train"][: len(seen)], seen)
-        return moments, {
-            "fid": frechet_distance(*pool(*moments), *reference),
-            "precision": precision,
-            "recall": recall,
-            "confidence": mean_confidence(probabilities),
-            "counts": moments[2].tolist(),
-            "images": config.images,
-            "sampler": "DDIM, 20 steps, no class asked for",
-            "evaluation_seed": config.seed,
-            "sampler_dtype": str(run.dtype or torch.float32).removeprefix("torch."),
-            "seconds_per_1000": 1000 * seconds / config.images,
-            "sha256": checksum(weights_path(name)),
-        }
-
-    sets["teacher"], teacher = score("mnist")
-    sets["unconditional"], unconditional = score_unconditional("mnist-unconditional")
-    facts = {
-        "classifier_sha256": checksum(weights_path("mnist-classifier")),
-        "teacher": teacher,
-        "unconditional": unconditional,
-        "features": "penultimate layer of mnist-classifier, 128",
-        "reference": "MNIST, 60,000 training images, classes weighted equally",
-    }
-    tensors = {
-        f"{name}.{part}": x.float()
-        for name, parts in sets.items()
-        for part, x in zip(("means", "covariances", "counts"), parts)
-    }
+    tensors, facts, scores = mnist_statistics.measure(config, run)
     path = run.folder / "mnist-statistics.safetensors"
     write_tensors(path, "statistics", tensors, **facts)
-    along = {word: score(word)[1] for word in filter(None, config.snapshots.split(","))}
-    write_card(
-        run,
-        path,
-        what="per-class feature means and covariances: real training and test images, the teachers' images",
-        scores={
-            "teacher": teacher,
-            "unconditional": unconditional,
-            "fid_of_real_test_images": frechet_distance(*pool(*sets["test"][:2]), *balanced),
-            "teachers_along_the_way": {k: {"fid": v["fid"], "accuracy": v["accuracy"]} for k, v in along.items()},
-        },
-    )
-
-
-# ---------------------------------------------------------------------------- the tiny text-to-image model
+    write_card(run, path, scores=scores,
+               what="per-class feature means and covariances: real training and test images, the teachers' images")
 
 
 def make_tiny_autoencoder(config, run):
