@@ -95,7 +95,10 @@ def without(prompt, concept):
 
 def read_prompts(path):
     """The prompts of a file: one a line; empty lines and those that begin with # do not count. ValueError if none."""
-    prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    try:
+        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text in UTF-8; save it as such") from None
     prompts = [line for line in prompts if line and not line.startswith("#")]
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one a line")

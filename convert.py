@@ -307,7 +307,7 @@ def diffusers_settings(theirs, image_size):
 def read_diffusers(config, tensors, file):
     """(U-Net, what was found) of the tensors of a UNet2DModel or a UNet2DConditionModel, and its configuration."""
     try:
-        theirs = json.loads(file.read_text())
+        theirs = json.loads(file.read_text(encoding="utf-8"))
         if theirs.get("_class_name") == "UNet2DConditionModel":  # Stable Diffusion's
             found = {"container": "UNet2DConditionModel of diffusers", "tensors": len(tensors)}
             return text_unet(tensors, theirs | ({"sample_size": config.image_size} if config.image_size else {})), found

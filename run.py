@@ -185,7 +185,7 @@ def write_atomically(path, write):
     os.close(handle)
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # "+": Windows flushes no file that is open for reading alone
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
@@ -369,7 +369,8 @@ class Run:
                 self.save(path)
             if stop:
                 self.bar.close()
-                words = shlex.join([w for w in sys.argv if w != "--resume"])
+                words = [w for w in sys.argv if w != "--resume"]
+                words = subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
                 if self.rank == 0:
                     start = "python" if self.world == 1 else f"torchrun --nproc-per-node {self.world}"
                     print(f"\nstopped after step {self.step}; to go on:\n    {start} {words} --resume")

@@ -269,9 +269,9 @@ def undesired_images(source, forget, shape, n=0, seed=0):
     if source == "auto":
         try:
             return undesired_images("data", forget, shape, n, seed)
-        except OSError:  # neither there nor to be downloaded
+        except OSError as error:  # neither there nor to be downloaded
             images, origin = undesired_images("teacher", forget, shape, n, seed)
-            return images, f"no MNIST in data/ and no download, so {origin}; --data names a folder with real ones"
+            return images, f"{origin}, since {' '.join(str(error).split())}; --data names a folder with real ones"
     if source == "teacher":
         teacher, n = load_unet("mnist"), n or 100
         if teacher.image_shape != shape or max(forget) >= teacher.num_classes:

@@ -85,6 +85,11 @@ def test_the_next_of_its_kind():
 def test_prompt_files(tmp_path):
     (tmp_path / "p.txt").write_text("# a comment\n\na red seven \n  ein Ärmel\n", encoding="utf-8")
     assert read_prompts(tmp_path / "p.txt") == ["a red seven", "ein Ärmel"]
+    (tmp_path / "p.txt").write_text("# by a Windows editor\na red seven\n", encoding="utf-8-sig")  # with a mark before it
+    assert read_prompts(tmp_path / "p.txt") == ["a red seven"]
+    (tmp_path / "p.txt").write_text("a red seven\n", encoding="utf-16")
+    with pytest.raises(ValueError, match="p.txt is no text in UTF-8"):
+        read_prompts(tmp_path / "p.txt")
     (tmp_path / "empty.txt").write_text("# nothing\n")
     with pytest.raises(ValueError, match="holds no prompt"):
         read_prompts(tmp_path / "empty.txt")

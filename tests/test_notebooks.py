@@ -97,7 +97,7 @@ def test_its_picture_for_the_readme_is_the_one_in_it(path):
     png = path.with_suffix(".png")
     assert png.read_bytes() == picture(read(path)), f"run: python notebooks/execute.py notebooks/{path.name}"
     assert png.stat().st_size < 60_000
-    assert f"(notebooks/{png.name})" in (ROOT / "README.md").read_text()
+    assert f"(notebooks/{png.name})" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @each_notebook
@@ -107,7 +107,7 @@ def test_its_outputs_say_nothing_of_the_machine(path):
     assert not any("execution" in cell.metadata for cell in notebook.cells)
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     assert not [output.text for output in outputs if output.get("name") == "stderr"]
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     pictures_gone = re.sub(r'"image/png": "[^"]*"', "", text)
     for place in (str(ROOT), str(Path.home()), "/tmp/", "/home/", "/root/", "/Users/", "site-packages"):
         assert place not in pictures_gone, place
@@ -117,7 +117,7 @@ def test_its_outputs_say_nothing_of_the_machine(path):
 def test_its_labels_are_those_of_the_code(path):
     """Equation labels such as (S3) are the ones that stand on lines of code, or before a formula of the derivation in
     vdu.py's docstring; the papers' own numbers are not used."""
-    scripts = "".join((ROOT / name).read_text() for name in ("unet.py", "ddpm_sfd.py", "vdu.py"))
+    scripts = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("unet.py", "ddpm_sfd.py", "vdu.py"))
     text = "".join(cell.source for cell in read(path).cells)
     for label in set(re.findall(r"\([DSVL]\d\)", text)):
         assert re.search(rf"(# |^    ){re.escape(label)} ", scripts, re.MULTILINE) or label[1] == "L", label

@@ -1,5 +1,6 @@
 """The README: its commands are ones that the scripts take, its tables are what the files in results/ say."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -8,11 +9,11 @@ import sys
 import pytest
 from conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def commands():
-    docs = README + "".join((ROOT / name).read_text() for name in ("ddpm_sfd.py", "sd_sfd.py", "vdu.py", "eval.py", "convert.py", "pretrain.py"))
+    docs = README + "".join((ROOT / name).read_text(encoding="utf-8") for name in ("ddpm_sfd.py", "sd_sfd.py", "vdu.py", "eval.py", "convert.py", "pretrain.py"))
     docs = re.sub(r"\\+\n", "", docs)  # commands of several lines
     found = re.findall(r"^    .*?((?:python|torchrun --nproc-per-node \d) [\w/]+\.py[^\n#]*)", docs, flags=re.MULTILINE)
     return sorted({command.strip() for command in found if not {"WHAT", "SOURCE"} & set(command.split()) and "{" not in command})
@@ -37,7 +38,7 @@ def test_commands_name_scripts_and_flags_that_exist(command, monkeypatch):
 
 @pytest.mark.parametrize("page", ["README.md", "results/README.md"])
 def test_files_that_the_readmes_name_exist(page):
-    named = re.findall(r"`([\w/.-]+\.(?:py|json|txt))`|\]\(([\w.][\w/.-]+\.\w+)\)", (ROOT / page).read_text())
+    named = re.findall(r"`([\w/.-]+\.(?:py|json|txt))`|\]\(([\w.][\w/.-]+\.\w+)\)", (ROOT / page).read_text(encoding="utf-8"))
     assert named
     for command, link in named:
         path = ROOT / command if command else (ROOT / page).parent / link
@@ -45,9 +46,10 @@ def test_files_that_the_readmes_name_exist(page):
 
 
 def test_tables_are_what_the_results_say():
-    process = subprocess.run(
-        [sys.executable, str(ROOT / "results/tables.py"), "--check"], capture_output=True, text=True
-    )
+    """Also where the locale's encoding is not UTF-8, as on Windows."""
+    plain = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    words = [sys.executable, str(ROOT / "results/tables.py"), "--check"]
+    process = subprocess.run(words, capture_output=True, text=True, env=plain)
     assert process.returncode == 0, process.stderr
 
 
@@ -55,7 +57,7 @@ def test_every_equation_label_stands_in_the_code_that_the_readme_says():
     for label, file in re.findall(r"^\| (\([DSVL]\d\)) \|.*\| `(\w+\.py)` \|$", README, flags=re.MULTILINE):
         code = [
             line
-            for line in (ROOT / file).read_text().splitlines()
+            for line in (ROOT / file).read_text(encoding="utf-8").splitlines()
             if f"# {label}" in line and line.split("#")[0].strip()
         ]
         assert code, f"{label} stands on no line of code in {file}"

@@ -217,6 +217,14 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, capsys):
     assert exit.value.code == 2 and "not a whole checkpoint" in error
 
 
+def test_what_is_written_is_flushed_through_a_handle_that_may_write(tmp_path, monkeypatch):
+    """Windows refuses any other."""
+    flushed, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (flushed.append(os.write(handle, b"")), fsync(handle)))
+    housekeeping.write_json(tmp_path / "a.json", {"new": 1})
+    assert flushed == [0] and json.loads((tmp_path / "a.json").read_text()) == {"new": 1}
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.json"
     housekeeping.write_json(path, {"old": 1})

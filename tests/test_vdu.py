@@ -494,6 +494,7 @@ def test_without_data_and_network_the_images_are_drawn_and_said_to_be(tmp_path, 
     monkeypatch.setattr(MNIST, "download", no_network)
     images, origin = undesired_images("auto", [7], (1, 28, 28), n=4)
     assert images.shape == (4, 1, 28, 28) and "drawn from the class-conditional teacher" in origin
+    assert "could not be downloaded (Error downloading train-images-idx3-ubyte.gz)" in origin  # and why
     classifier = load_classifier()
     assert (look(classifier, images)[1].argmax(1) == 7).float().mean() >= 0.75
     write_mnist(tmp_path / "data", np.full((10, 28, 28), 9, np.uint8), np.arange(10, dtype=np.uint8))
