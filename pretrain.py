@@ -142,7 +142,7 @@ def write_card(run, path, **facts):
 def warm_up_and_down(steps, down=0.4):
     """Learning rate as a share of its peak: up over 500 steps or a tenth of all, constant, to 0 over the last part."""
     warm = max(1, min(500, steps // 10))
-    return lambda step: min((step + 1) / warm, 1.0, (steps - step) / (down * steps) if down else 1.0)
+    return lambda step: min((step + 1) / warm, 1.0, (steps - step) / max(1, down * steps) if down else 1.0)
 
 
 def weighted_denoising_loss(network, x0, c, schedule, min_snr):
@@ -260,15 +260,13 @@ def go_on_apart(config, run, beginning, loss_of):
     """K copies of the U-Net `beginning`, each trained on alone: the mean and variance of their weights, and the facts.
     loss_of: network -> scalar, of another batch at each call."""
     K, each = config.checkpoints, config.steps // config.checkpoints
-    unet = copy.deepcopy(beginning).train()
+    unet = run.prepare(copy.deepcopy(beginning).train())
     finished = torch.nn.ModuleList(copy.deepcopy(beginning) for _ in range(K))
-    optimizer = torch.optim.Adam(unet.parameters(), lr=config.lr, betas=(0.9, 0.99), eps=1e-8)
+    optimizer = torch.optim.Adam(unet.parameters(), lr=config.lr, betas=(0.9, 0.99), eps=1e-8, fused=run.fused)
     shape, network = warm_up_and_down(each, config.lr_down), run.parallel(unet)
 
     for step in run.loop({"unet": unet, "optimizer": optimizer, "finished": finished}, label="posterior"):
         k, i = divmod(step, each)
-        if k == K:  # steps that do not divide by K
-            break
         if i == 0:
             unet.load_state_dict(beginning.state_dict())
             optimizer.state.clear()
@@ -371,7 +369,7 @@ def train_classifier(config, run):
     )
 
 
-# ---------------------------------------------------------------------------- the statistics, the tiny text-to-image model
+# ---------------------------------------------------------------------------- the statistics, and tiny-sd
 
 
 def make_statistics(config, run):
@@ -425,8 +423,8 @@ def make_tiny_posterior(config, run):
 def main(config):
     if config.what in ALONE and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         refuse(f"{config.what} is made in one process; run it without torchrun")
-    if config.what.endswith("-posterior") and config.steps < config.checkpoints:
-        refuse(f"--steps {config.steps}: each of --checkpoints {config.checkpoints} networks needs one at least")
+    if config.what.endswith("-posterior") and (config.steps == 0 or config.steps % config.checkpoints):
+        refuse(f"--steps {config.steps}: --checkpoints {config.checkpoints} networks share them; give a multiple")
     with refusing("--data: "):  # before anything is written
         what = config.what.removesuffix("-posterior").removesuffix("-classifier")
         TEACHERS.get(what, TEACHERS["mnist"])[1](config.data)

@@ -1,8 +1,9 @@
 """What every run needs and no paper mentions.
 
 The command line made from a dataclass, one-line refusals, the run folder, atomic checkpoints and exact resume, the
-choice of device and precision, and several processes under torchrun. Nothing here knows what is being trained; a
-method file reads well without opening this one. What it calls:
+choice of device and precision, and several processes under torchrun. The same seed gives the same bits on a CPU; on a
+GPU some of PyTorch's sums are taken in no fixed order. Nothing here knows what is being trained; a method file reads
+well without opening this one. What it calls:
 
     config = parse(Config, __doc__, PRESETS)     # the dataclass, filled from the command line
     run = Run(config, folder)                    # device, precision, processes, folder
@@ -135,7 +136,8 @@ def choose_device(name):
 
 
 def choose_amp(name, device):
-    """auto | bf16 | fp16 | off -> torch.bfloat16, torch.float16 or None (float32 throughout).
+    """auto | bf16 | fp16 | off -> torch.bfloat16, torch.float16 or None (float32 throughout, but that
+    PyTorch lets newer GPUs round it to TF32 inside convolutions).
 
     auto takes bf16 where the hardware multiplies it natively: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX.
     Elsewhere fp16 on GPUs, and None on CPUs.
@@ -315,7 +317,6 @@ class Run:
         """One optimizer step down a loss, or down the sum of several, each computed when its turn has come (parts of a
         batch); returns it. Gradients are clipped by value. With fp16 the loss is scaled against underflow, and a step
         whose scaled gradients overflow is skipped, as usual; any other NaN or infinity stops the run."""
-        optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for loss in [losses] if torch.is_tensor(losses) else losses:
             self.scaler.scale(loss).backward()
@@ -331,6 +332,7 @@ class Run:
             torch.nn.utils.clip_grad_value_(network.parameters(), clip_value)
         self.scaler.step(optimizer)
         self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)  # now, so that only one network at a time has gradients in memory
         return total
 
     def any_process(self, flag):
