@@ -7,7 +7,7 @@
 Both loops run here in turn, a step of one and a step of the other, in one process, so that they see the same machine.
 `plain`: float32; retained and forgotten images go through each network in a pass of their own, and each update draws
 its own images from the generator. `ours`: what ddpm_sfd.py does, but for guidance, clipped images, the weight
-average, the decay of rates and the check for NaN. Peak memory is measured in a process of its own each.
+average, the decay of rates and the check for NaN. Peak memory is measured in a process of its own each (not on Windows).
 
 Floating-point operations are those of the matrix products and convolutions of one step of `ours`, forward and backward,
 as torch counts them; the share of the chip's peak is these over the time, over what the vendor promises for dense
@@ -16,7 +16,6 @@ as torch counts them; the share of the chip's peak is these over the time, over 
 
 import argparse
 import copy
-import resource
 import statistics
 import subprocess
 import sys
@@ -36,7 +35,7 @@ from unet import UNet, VPSchedule  # noqa: E402
 
 NETWORKS = {"mnist": (MNIST | dict(num_classes=10), (32, 8), (32, 8)), "cifar10": (dict(num_classes=10), (4, 4), (128, 128))}
 PEAK_TFLOPS = {  # part of the GPU's name -> dense bf16 (T4, V100: fp16) by its data sheet; the first that fits
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125,
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121, "A10": 125,
     "RTX 4090": 165, "RTX 3090": 71, "A6000": 155, "V100": 125, "T4": 65,
 }
 
@@ -115,6 +114,8 @@ def peak_resident_bytes():
     status = Path("/proc/self/status")
     if status.exists():
         return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    import resource  # here, since Windows has none
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -122,7 +123,7 @@ def peak_memory(name, args, sizes):
     """Bytes that two steps of the loop `name` need at their worst, in a process of its own."""
     words = [args.network, "--memory-of", name, "--device", args.device, "--batch-size", *map(str, sizes)]
     words += ["--compile"] if args.compile else []
-    return int(subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=True).stdout)
+    return int(subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def measured_memory(loop, name, cuda):
@@ -152,6 +153,7 @@ def main():
 
     if args.memory_of:
         return print(measured_memory(make(args.memory_of), args.memory_of, cuda))
+    peaks = {name: peak_memory(name, args, sizes) for name in ("plain", "ours")}  # while this process holds nothing yet
     counter = FlopCounterMode(display=False)
     with counter:  # before anything is compiled: the counter does not see into compiled code
         Loop(config, sizes, device, dtype).ours()
@@ -180,7 +182,7 @@ def main():
         "flops_a_step": flops,
         "peak_tflops": peak,
         "share_of_peak": peak and flops / median["ours"] / (peak * 1e12),
-        "peak_memory_bytes": {name: peak_memory(name, args, sizes) for name in seconds},
+        "peak_memory_bytes": peaks,
         "memory_is": "allocated on the GPU" if cuda else "resident set of the process, torch included",
         "command": " ".join(["python", "benchmarks/step_time.py", *sys.argv[1:]]),
         "machine": machine(device),

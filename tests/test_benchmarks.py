@@ -64,14 +64,32 @@ def test_memory_grows_with_the_batch():
     assert 10 * 2**20 < small < large < 64 * 2**30
 
 
-def test_sampling_reports_images_a_second(tmp_path, monkeypatch):
-    benchmark = load("sampling")
+def test_sampling_reports_images_a_second(tmp_path, monkeypatch, capsys):
+    benchmark, drawn = load("sampling"), []
     unet = random_unet(image_size=8, attention_at=())
     save_unet(unet, tmp_path / "generator.safetensors", t_init=440)
-    fast = lambda *words: (lambda z, c, noise: z, 1)  # the samplers have tests of their own
+
+    def fast(unet, schedule, kind, steps=1000):  # the samplers have tests of their own
+        def sample(z, c, noise):
+            drawn.append((kind, len(z)))
+            return z
+
+        return sample, 1 if kind == "one-step" else steps
+
     monkeypatch.setattr(benchmark, "sampler_of", fast)
-    path = str(tmp_path / "generator.safetensors")
-    monkeypatch.setattr(sys, "argv", ["sampling.py", path, "--teacher", path, "--repeats", "1", "--out", str(tmp_path / "out.json")])
+    path, out = str(tmp_path / "generator.safetensors"), tmp_path / "out.json"
+    words = [path, "--teacher", path, "--repeats", "2", "--batch-size", "10", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["sampling.py", *words])
     benchmark.main()
-    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert len(rows) == 3 and all(row["images_per_second"] > 0 for row in rows.values())
+    one_round = [("one-step", 10)] * 50 + [("ddim", 10)] * 5 + [("ancestral", 10)]
+    assert drawn == one_round * 3  # batches of one size, in turn, the first round not counted
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["network_calls"] for row in rows.values()] == [1, 50, 1000]
+    for row, images in zip(rows.values(), (500, 50, 10)):
+        assert row["images"] == images and len(row["seconds"]) == 2
+        assert row["images_per_second"] == pytest.approx(images / (sum(row["seconds"]) / 2))
+
+    monkeypatch.setattr(sys, "argv", ["sampling.py", "mnist"])  # a teacher is no generator
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main()
+    assert stop.value.code == 2 and "no one-step generator" in capsys.readouterr().err
