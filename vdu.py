@@ -21,16 +21,17 @@ nearest to it:
     (V2)  KL(q || p(theta | D_r)) = E_q [log q(theta) - log p(theta | D) + log p(D_f | theta)] + constant
                                   = KL(q || p(theta | D)) + E_q log p(D_f | theta) + constant
 
-The second term makes the undesired images unlikely, and a diffusion model bounds a likelihood by its denoising error:
-that is (V3), the plasticity inducer, which asks the network to denoise D_f badly. The first term, for two Gaussians of
-one width, is the distance between their means in units of sigma*: that is (V4), the stability regularizer, which lets
-a weight move if independent trainings disagree on it, and holds it if they agree. (V5) mixes the two.
+The second term makes the undesired images unlikely. Minus the denoising error bounds log p from below, and (V3), the
+plasticity inducer, pushes this bound down: the network shall denoise D_f badly (that log p follows is hoped, not
+proved). The first term, for two Gaussians of one width, is the distance between their means in units of sigma*: that
+is (V4), the stability regularizer, which lets a weight move if independent trainings disagree on it, and holds it if
+they agree. (V5) mixes the two.
 
 How far? (V3) has no lower bound: left alone it ends in a network that draws nothing. And on the way, it seems, the
 error on D_f grows most by what all images share, such as more ink or less, so that the rest goes too. At mu* the slope
-of (V3) is still about D_f. So --plasticity tangent, as MNIST has it, takes (V3) by its tangent there, (V6), and (V5) is
-a bowl, with a minimum. We walk down by the natural gradient of q, in short steps, and stop when the error on some of
-D_f has grown by a given factor.
+of (V3) is still about D_f. So --plasticity tangent, as MNIST has it, takes (V3) by its tangent there, (V6), and (V5),
+with any gamma above 0, is a bowl with a minimum. We walk down by the natural gradient of q, in short steps, and stop
+when the error on some of D_f has grown by a given factor.
 
 Glossary. The labels stand on the lines that do them; (D1) to (D3) are in unet.py.
 
@@ -106,7 +107,7 @@ class Config:
     reduction: str = option("mean", "A and B: sums over pixels, steps and weights, as (V3) and (V4) say, or means; "
                             "over images A is a mean in both; our choice", choices=["mean", "sum"])
     sigma_floor: float = option(1e-4, "no sigma* is taken for less; our choice", low=0)
-    covariance: str = option("posterior", "identity: every weight has the same width, the mean one; to compare",
+    covariance: str = option("posterior", "identity: all weights have the same variance, the mean one; to compare",
                              choices=["posterior", "identity"])
     t_min: int = option(300, "first step of (V3); our choice", low=0, high=999)
     t_max: int = option(600, "the step before which (V3) ends; our choice", low=1, high=1000)
@@ -176,7 +177,7 @@ def posterior(checkpoints):
 
 class NaturalGradient(torch.optim.Optimizer):
     """Descent in the mean of q = N(theta, sigma*^2) by q's natural gradient, sigma*^2 times the plain one: each weight
-    moves as its width allows. All steps are equally long, `lr`, in sigmas over all weights together.
+    moves as its width allows. Each step has the length `lr`, the root of the sum over weights of (change / sigma*)^2.
 
     theta: the parameters; variance: theirs, in the same order. The gradient is a running mean, against its noise."""
 
@@ -298,11 +299,10 @@ def undesired_images(source, forget, shape, n=0, seed=0):
     if pictures:
         images = torch.stack([read_picture(pictures[i], shape) for i in some(len(pictures))]) / 127.5 - 1
     else:
-        is_cifar = (folder / "cifar-10-batches-py").is_dir() and shape != (1, 28, 28)
-        if source != "data" and not is_cifar and not (folder / "MNIST").is_dir():
-            raise ValueError(f"--data {source} holds no pictures ({' '.join(sorted(PICTURES))}), and no data set of "
-                             f"{shape}")
-        images, labels = cifar10(folder) if is_cifar else mnist(folder, train=True)
+        known = {(1, 28, 28): ("MNIST", mnist), (3, 32, 32): ("cifar-10-batches-py", cifar10)}
+        if shape not in known or source != "data" and not (folder / known[shape][0]).is_dir():
+            raise ValueError(f"--data {source} holds no pictures ({' '.join(sorted(PICTURES))}) or data set of {shape}")
+        images, labels = known[shape][1](folder, train=True)
         images = images[torch.isin(labels, torch.tensor(forget))]
         images = images[some(len(images))]
     if images.shape[1:] != shape:

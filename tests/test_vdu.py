@@ -467,6 +467,15 @@ def test_a_folder_of_pictures_is_cut_to_the_size_of_the_network(tmp_path):
     assert images.shape == (1, 1, 28, 28) and ((images + 1) * 127.5)[..., 2:-2].mean().round() == 200
 
 
+def test_the_shape_says_which_data_set_is_looked_for(tmp_path, monkeypatch):
+    labels, asked = torch.arange(10), []
+    monkeypatch.setattr("vdu.cifar10", lambda folder, train: (asked.append(str(folder)), (torch.ones(10, 3, 32, 32), labels))[1])
+    monkeypatch.setattr("vdu.mnist", lambda *_, **__: pytest.fail("MNIST is not of this shape"))
+    assert len(undesired_images("data", [3, 4], (3, 32, 32))[0]) == 2 and asked == ["data"]  # there, or downloaded there
+    with pytest.raises(ValueError, match="data set of .3, 64, 64"):
+        undesired_images("data", [3], (3, 64, 64))
+
+
 def test_a_folder_without_pictures_is_no_place_to_download_to(tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(ValueError, match="holds no pictures"):
@@ -478,7 +487,7 @@ def test_a_folder_without_pictures_is_no_place_to_download_to(tmp_path):
 
 def test_images_of_another_shape_are_refused(tmp_path):
     write_mnist(tmp_path / "a", np.zeros((10, 28, 28), np.uint8), np.arange(10, dtype=np.uint8))
-    with pytest.raises(ValueError, match=r"shape \(1, 28, 28\)"):
+    with pytest.raises(ValueError, match=r"no pictures .* or data set of \(3, 32, 32\)"):
         undesired_images(tmp_path / "a", [1], (3, 32, 32))
     with pytest.raises(ValueError, match="no image of class"):
         undesired_images(tmp_path / "a", [12], (1, 28, 28))
