@@ -28,8 +28,8 @@ and of a network that is not asked for a class:
 
 On MNIST, features are the 128 of the classifier's penultimate layer, so the distances compare with nobody's Inception
 FID, only with each other: each report has the teacher's own and that of real test images (the floor) beside it. All
-classes weigh the same, but in u_fid: there real ones have MNIST's own proportions, and generated ones those that were
-drawn. Real and generated images alike are rounded to 8 bits before the classifier sees them.
+classes weigh the same, but where real ones have MNIST's own proportions: in u_fid, where generated ones have those that
+were drawn, in precision and in recall. All images are rounded to 8 bits before the classifier sees them.
 
 --features inception is for CIFAR-10 and STL-10: the 2,048 of the FID Inception (inception.py), 5,000 images a class,
 the training images of the retained classes as reference, taken from --data once and kept there in a file. Accuracies
@@ -80,7 +80,7 @@ def parse_classes(text, count, flag="--forget"):
 
 def check_forget(forget, classes=10):
     """ValueError unless `forget` leaves some of the classes, and names no other."""
-    if max(forget) >= classes:
+    if max(forget, default=0) >= classes:
         raise ValueError(f"--forget {max(forget)}: the classes are 0..{classes - 1}")
     if len(forget) == classes:
         raise ValueError("--forget names every class; leave at least one to retain")
@@ -115,7 +115,7 @@ def evaluate(sample, nfe, judge, unet, forget, per_class, seed, teacher_sample=N
         generated = features[torch.isin(labels, as_classes(kept))]
         result["precision"], result["recall"] = precision_recall(judge(real)[0], generated)
     if statistics:
-        result |= {"features": judge.facts["features"], "reference": judge.facts["reference"]}
+        result |= {"features": judge.facts["features"], "reference": "MNIST, training images of the retained classes"}
     return result | {"nfe": nfe, "seconds_per_1000": 1000 * seconds / len(labels), "images_per_class": per_class,
                      "evaluation_seed": seed,
                      "preprocessing": "clipped to [-1, 1], rounded to 8 bits, real and generated alike"}
@@ -276,7 +276,7 @@ def table(result):
         counts = f"{result['n_before']} before, {result['n_after']} after, of {result['images']:,} images"
         pul = "not defined" if result["pul"] is None else f"{result['pul']:.2%}"
         rows = [("PUL (forgotten class gone)", f"{pul}   ({counts})")]
-    if "u_fid" in result:
+    if "balanced_fid" in result:
         rows += [
             ("u-FID", f"{result['u_fid']:.3f}   (teacher's retained images {result['teacher_fid']:.3f}, all its images "
                       f"{result['teacher_u_fid']:.3f}, real test images {result['real_test_fid']:.3f})"),
@@ -300,11 +300,9 @@ def table(result):
         floor = f" at {its} a class" if its and its != result["images_per_class"] else ""
         floor += f", real test images {result['real_test_fid']:.3f}"
         rows += [("FID on retained classes", with_teacher("fid", "{:.3f}", floor))]
-    for name in ("precision", "recall"):
+    for name in ("u_fid", "precision", "recall", "inception_score"):
         if name in result:
-            rows += [(name, with_teacher(name, "{:.3f}"))]
-    if "inception_score" in result:
-        rows += [("inception score", with_teacher("inception_score", "{:.2f}"))]
+            rows += [(name.replace("u_fid", "u-FID").replace("_", " "), with_teacher(name, "{:.3f}"))]
     rows += [("network calls an image", f"{result['nfe']}"),
              ("seconds per 1,000 images", f"{result['seconds_per_1000']:.2f}")]
     return "\n".join(f"{name:>26}  {value}" for name, value in rows)
@@ -328,11 +326,11 @@ class Config:
                            choices=["classifier", "inception"])
     per_class: int = option(0, "images of each class; FIDs compare only at equal numbers; 0: 300, with Inception 5,000",
                             low=0)
-    images: int = option(2000, "images of an unconditional checkpoint", low=100)
+    images: int = option(0, "images of an unconditional checkpoint; 0: 2,000, with Inception 50,000", low=0)
     per_pair: int = option(20, "pictures of each digit in each colour, of a text-to-image checkpoint", low=1)
     data: str = option("", "folder with MNIST: adds precision and recall against its training images; with Inception "
                            "the folder with CIFAR-10 or STL-10")
-    teacher: str = option("", "the network before, for its own numbers: a shipped name, a file, a URL or hub:ORG/NAME")
+    teacher: str = option("", "the network before: a shipped name, file, URL or hub:ORG/NAME; if not given, the card's")
     inception: str = option("", "the FID Inception's weights, a file or a URL; if not given they are fetched once")
     classifier: str = option("auto", "shipped name or file; auto: mnist-classifier, with Inception none")
     statistics: str = option("mnist-statistics", "shipped name or file")
@@ -395,6 +393,7 @@ def main(config):
         return main_of_concepts(config, unet, device)
     unconditional, on_inception = unet.num_classes is None, config.features == "inception"
     schedule, per_class = VPSchedule.linear().to(device), config.per_class or (5000 if on_inception else 300)
+    images = config.images or (50_000 if on_inception else 2000)
     classifier = config.classifier if config.classifier != "auto" else "none" if on_inception else "mnist-classifier"
     with refusing():
         if classifier == "none" and not on_inception:
@@ -402,8 +401,7 @@ def main(config):
         judge = None if classifier == "none" else Judge(unet, classifier, config.statistics)
         said = ",".join(map(str, unet.card.get("forget", []))) or "none"
         forget = parse_classes(said if config.forget == "auto" else config.forget, 10)
-        if forget:
-            check_forget(forget)
+        check_forget(forget)
         kind = choose_kind(config, unet)
         sample, nfe = sampler_of(unet, schedule, kind, config.steps, config.eta, config.guidance or 1.0)
         source = config.teacher or ("" if on_inception else unet.card.get("teacher", ""))
@@ -422,6 +420,8 @@ def main(config):
         elif unconditional:
             if judge.statistics is None:
                 raise ValueError(f"the distances of {config.checkpoint} need --features inception")
+            if config.data:
+                raise ValueError("--data: precision and recall are of class-conditional images; leave it out")
             if not forget:
                 raise ValueError(f"{config.checkpoint} is unconditional; say with --forget which class should be gone")
             if config.sampler not in ("auto", "ddim") or (config.steps, config.eta, config.guidance) != (50, 0.0, 0.0):
@@ -433,13 +433,13 @@ def main(config):
             real = real[~torch.isin(labels, as_classes(forget))][: per_class * (10 - len(forget))]
     with refusing():  # too few images for a metric
         if on_inception:
-            n = config.images if unconditional else per_class
+            n = images if unconditional else per_class
             result = evaluate_inception(sample, nfe, unet, forget, n, config.seed, inception, reference, judge,
                                         teacher_sample, config.batch_size)
         elif unconditional:
             dtype = choose_amp("auto", device)
             after, before = (unconditional_sampler(network, schedule, dtype) for network in (unet, teacher))
-            result = evaluate_unconditional(after, judge, forget, config.images, teacher, before, dtype, config.seed)
+            result = evaluate_unconditional(after, judge, forget, images, teacher, before, dtype, config.seed)
         else:
             result = evaluate(sample, nfe, judge, teacher or unet, forget, per_class, config.seed, teacher_sample, real,
                               config.batch_size)

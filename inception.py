@@ -253,6 +253,8 @@ def evaluate_inception(sample, nfe, unet, forget, n, seed, inception, reference,
             result |= {"counts": seen.argmax(1).bincount(minlength=10).tolist(), "confidence": mean_confidence(seen)}
         elif judge:
             result |= report(labels, None, judge(images)[1], None, forget)
+        if unet.num_classes is None:
+            result["u_fid"] = result.pop("fid")
         return result | {"images": len(images), "seconds_per_1000": 1000 * seconds / len(images)}
 
     result = numbers(sample, "to judge")

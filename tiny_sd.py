@@ -30,7 +30,7 @@ KL_WEIGHT = 1e-3  # of the latents' Gaussian against the standard one, beside th
 def rate(optimizer, steps, down):
     """Learning rate: up over 200 steps, constant, to 0 over the last `down` of all steps."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        (step + 1) / 200, 1.0, (steps - step) / (down * steps) if down else 1.0))
+        (step + 1) / 200, 1.0, (steps - step) / max(1, down * steps) if down else 1.0))
 
 
 def train_autoencoder(config, run):

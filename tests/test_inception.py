@@ -167,17 +167,23 @@ def test_the_command_measures_on_inception_features(files, capsys):
     assert "ua" not in evaluated(words)  # without a classifier, only the distances
 
 
-def test_an_unconditional_checkpoint_is_measured_with_all_its_images(files):
+def test_an_unconditional_checkpoint_is_measured_with_all_its_images(files, capsys, monkeypatch):
     words = "unlearned.safetensors --features inception --images 100 --forget 2 --steps 1"
     result = evaluated(words)
-    assert result["images"] == 100 and result["fid"] > 0 and "pul" not in result
+    assert result["images"] == 100 and result["u_fid"] > 0 and not {"pul", "fid"} & result.keys()
+    assert f"u-FID  {result['u_fid']:.3f}" in capsys.readouterr().out
     network = StandIn()
     evaluated_images = inception.evaluate_inception(
         lambda z, c, noise: z.clamp(-1, 1), 1, type("Net", (), {"num_classes": None, "image_shape": (3, 32, 32)}), [2], 10, 0,
         network, inception.real_reference(network, (3, 32, 32), files / "data", [2]),
         judge=lambda images: (None, torch.eye(10)), teacher_sample=lambda z, c, noise: z.clamp(-1, 1))
     assert evaluated_images["counts"] == [1] * 10 and evaluated_images["pul"] == 0  # the same images, nothing unlearned
-    assert evaluated_images["teacher_fid"] == evaluated_images["fid"]
+    assert evaluated_images["teacher_u_fid"] == evaluated_images["u_fid"]
+    asked = []
+    monkeypatch.setattr(evaluation, "evaluate_inception", lambda *words: asked.append(words[4]) or result)
+    evaluated("unlearned.safetensors --features inception --forget 2")
+    evaluated("generator.safetensors --features inception")
+    assert asked == [50_000, 5_000]  # in all; of each class
 
 
 @pytest.mark.parametrize("words, says", [

@@ -10,7 +10,7 @@ from conftest import ROOT, inside, python, random_unet
 import pretrain
 from data import mnist
 from features import load_classifier, load_statistics, look
-from pretrain import jitter, without_classes
+from pretrain import jitter, warm_up_and_down, without_classes
 from run import Run, checksum, parse
 from unet import load_unet
 from vdu import read_posterior
@@ -120,6 +120,13 @@ def test_the_posterior_is_of_networks_trained_apart_from_a_common_beginning(tmp_
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
 
 
+def test_the_learning_rate_goes_up_and_down():
+    for steps, down in ((1000, 0.4), (1000, 0.0), (3, 0.4), (0, 0.4)):
+        rate = [warm_up_and_down(steps, down)(step) for step in range(max(1, steps))]
+        assert max(rate) <= 1 and min(rate) >= 0
+        assert steps < 1000 or rate[0] == 0.01 and rate[500] == 1 and rate[-1] == pytest.approx(1 / 400 if down else 1)
+
+
 def test_the_classifier_command_learns(tmp_path, data):
     process = inside(f"pretrain.py mnist-classifier --data {data} --batch-size 40 --steps 60 --out out", tmp_path)
     assert process.returncode == 0, process.stderr
@@ -175,7 +182,7 @@ def test_a_card_names_the_flags_that_made_it(tmp_path):
 
 @pytest.mark.parametrize("words, processes, message", [
     ("mnist-classifier", 2, "is made in one process"),
-    ("mnist-posterior --steps 3", 1, "--steps 3: each of --checkpoints 5"),
+    ("mnist-posterior --steps 3", 1, "--steps 3: --checkpoints 5 networks share them"),
     ("--steps -1 mnist-classifier", 1, "must be at least 0"),  # flags may come first
 ])
 def test_what_cannot_be_made_so_is_refused_before_anything_is_read(words, processes, message, tmp_path, monkeypatch, capsys):
