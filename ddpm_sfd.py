@@ -18,9 +18,9 @@ versions of its own images. Two networks take turns, both begun as copies of the
     1. the fake score learns to denoise what the generator draws at present, so that it knows the generator's score;
     2. the generator moves its images to where the teacher's score and the fake score agree.
 
-Where the two scores agree, the generator draws what the teacher, asked with guidance k, would have drawn: for a
-retained class the class itself, for a forgotten class the safe one. Nothing is left that pulls towards the forgotten
-class.
+Where the two scores agree, the generator draws what the teacher would have drawn (asked with guidance k > 1 nearly,
+since guided scores at different t are of no one distribution): for a retained class the class itself, for a forgotten
+class the safe one. Nothing is left that pulls towards the forgotten class.
 
 Glossary. The labels stand on the lines that do them; (D1) to (D3) and (L1) are in unet.py.
 
@@ -80,7 +80,7 @@ class Config:
     batch_size: int = option(32, "images of retained classes a step, over all processes; official: 128", low=1)
     forget_batch_size: int = option(8, "images of forgotten classes a step; official: as many as retained ones", low=1)
     lr_generator: float = option(5e-4, "learning rate of theta; official: 1e-5", low=0)
-    lr_fake_score: float = option(2e-3, "learning rate of psi; official: 1e-5, two-stage 3e-5", low=0)
+    lr_fake_score: float = option(2e-3, "learning rate of psi; official: 1e-5; 3e-5 for none and from there on", low=0)
     lr_end: float = option(0.05, "share of both rates that is left at the end of a linear decay; official: 1, constant",
                            low=0, high=1)
     alpha: float = option(1.2, "alpha of (S3); official: 1.2")

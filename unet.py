@@ -334,7 +334,7 @@ def ddim_sample(unet, schedule, z, c=None, steps=50, eta=0.0, guidance=1.0, x0_c
     z (B, C, H, W) standard Gaussian, c as the U-Net takes it -> images (B, C, H, W), in [-1, 1] when x0_clip.
     eta 0 is deterministic; eta 1 at steps = T is the ancestral sampler. steps is 1..T, and the cost in network calls
     (twice that with guidance); the first is at t = T - T / steps: 980 of 50, and 0 of a single one, which so leaves z,
-    the noise, as it is. noise: a function shape -> noise, such as `indexed_noise(...)`; only eta > 0 asks it.
+    the noise, as it is, but for clipping. noise: a function shape -> noise, such as `indexed_noise(...)`, for eta > 0.
     null: as in `guided_noise`. Latents are no images: x0_clip=False for them.
     """
     if not 1 <= steps <= schedule.T:
