@@ -80,7 +80,7 @@ def all_classes():
         lines.append(row(
             f"{len(before)} runs of all digits at earlier settings, {config['steps']} steps, guidance "
             f"{config.get('guidance', 1):g}, lambda {config['lambda_generator']:g} for theta, t below {config['t_max']}, "
-            f"rates down to {config['lr_end']:g}", before))
+            f"rates down to {config['lr_end']:g}, weight average {config['ema']:g}, {before[0]['amp']}", before))
     first, config = runs[0], runs[0]["config"]
     lines += [
         "",
@@ -127,9 +127,10 @@ def vdu():
     for k in sorted({run["forget"][0] for run in runs}):
         lines.append(row(k, [run for run in runs if run["forget"] == [k]]))
     lines.append(row(f"**all {len(runs)} runs**", runs))
-    for folder, more in (("64-probes", ", judged on 64 images at random steps"), ("gamma-0.5", ""), ("gamma-0.7", "")):
+    for folder in ("64-probes", "gamma-0.5", "gamma-0.7"):
         before = read(f"vdu-mnist-{folder}")
-        lines.append(row(f"{len(before)} runs of all digits at earlier settings, {settings(before[0])}{more}", before))
+        more = f"judged on 64 images at random steps, {before[0]['amp']}"
+        lines.append(row(f"{len(before)} runs of all digits at earlier settings, {settings(before[0])}, {more}", before))
     first = runs[0]
     lines += [
         "",
@@ -231,9 +232,9 @@ def step_time():
     return [
         *lines,
         "",
-        "Median over the timed steps (their times are in the JSON), both loops in turn in one process; but for GPUs "
-        f"{cpu['machine']}, {cpu['precision'].removeprefix('torch.')}; memory: {cpu['memory_is']}, on a GPU what is "
-        "allocated there. Made by `python benchmarks/step_time.py`.",
+        "Median over the timed steps (their times are in the JSON), both loops in turn in one process. On the CPU: "
+        f"{cpu['machine']}, ours in {cpu['precision'].removeprefix('torch.')}. Memory, in a process of its own each: "
+        f"{cpu['memory_is']}; on a GPU what is allocated there. Made by `python benchmarks/step_time.py`.",
     ]
 
 
@@ -243,9 +244,9 @@ def sampling():
     lines += [
         f"| {name} | {row['network_calls']:,} | {row['images_per_second']:,.1f} |" for name, row in r["rows"].items()
     ]
-    times = len(r["rows"]["generator, 1 call"]["seconds"])
+    rounds = len(r["rows"]["generator, 1 call"]["seconds"])
     made = "Made by `python benchmarks/sampling.py`."
-    return [*lines, "", f"{r['machine']}, {r['precision']}; timed {times} time(s). {made}"]
+    return [*lines, "", f"{r['machine']}, {r['precision']}, batches of {r['batch']}, median of {rounds} rounds. {made}"]
 
 
 TABLES = {"all-classes": all_classes, "concepts": concepts, "vdu": vdu, "two-stage": two_stage, "step-time": step_time,
@@ -263,8 +264,8 @@ def render(text):
 
 
 if __name__ == "__main__":
-    old = README.read_text()
+    old = README.read_text(encoding="utf-8")
     new = render(old)
     if "--check" in sys.argv:
         sys.exit("README.md is not what results/ says; run python results/tables.py" if new != old else 0)
-    README.write_text(new)
+    README.write_text(new, encoding="utf-8")
