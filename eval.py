@@ -326,7 +326,7 @@ class Config:
                            choices=["classifier", "inception"])
     per_class: int = option(0, "images of each class; FIDs compare only at equal numbers; 0: 300, with Inception 5,000",
                             low=0)
-    images: int = option(0, "images of an unconditional checkpoint; 0: 2,000, with Inception 50,000", low=0)
+    images: int = option(0, "images of an unconditional checkpoint; if not given 2,000, with Inception 50,000", low=100)
     per_pair: int = option(20, "pictures of each digit in each colour, of a text-to-image checkpoint", low=1)
     data: str = option("", "folder with MNIST: adds precision and recall against its training images; with Inception "
                            "the folder with CIFAR-10 or STL-10")

@@ -181,7 +181,7 @@ def test_an_unconditional_checkpoint_is_measured_with_all_its_images(files, caps
     assert evaluated_images["teacher_u_fid"] == evaluated_images["u_fid"]
     asked = []
     monkeypatch.setattr(evaluation, "evaluate_inception", lambda *words: asked.append(words[4]) or result)
-    evaluated("unlearned.safetensors --features inception --forget 2")
+    evaluated("unlearned.safetensors --features inception --forget 2")  # --images not given
     evaluated("generator.safetensors --features inception")
     assert asked == [50_000, 5_000]  # in all; of each class
 
