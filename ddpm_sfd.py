@@ -76,7 +76,7 @@ class Config:
     teacher: str = option("mnist", "class-conditional: a shipped name, a file or a URL; see convert.py")
     init_generator: str = option("", "two-stage SFD: where theta starts, the generator of a --forget none run")
     init_fake_score: str = option("", "two-stage SFD: where psi starts, the fake score of that run")
-    steps: int = option(240, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)
+    steps: int = option(280, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)
     batch_size: int = option(32, "images of retained classes a step, over all processes; official: 128", low=1)
     forget_batch_size: int = option(8, "images of forgotten classes a step; official: as many as retained ones", low=1)
     lr_generator: float = option(5e-4, "learning rate of theta; official: 1e-5", low=0)
@@ -86,10 +86,11 @@ class Config:
     alpha: float = option(1.2, "alpha of (S3); official: 1.2")
     guidance: float = option(1.2, "k of (L1), the teacher's guidance; our choice; official: 1, none", low=0)
     guidance_safe: float = option(1.7, "the same where the teacher is asked for the safe class; official: 1", low=0)
-    lambda_generator: float = option(0.5, "lambda of (S5) for theta; official: 0.01", low=0)
-    lambda_fake_score: float = option(1.0, "lambda of (S5) for psi; official: 0.01", low=0)
+    lambda_generator: float = option(0.25, "lambda of (S5) for theta; 0.25: each of the 32 + 8 images counts alike; "
+                                     "official: 0.01", low=0)
+    lambda_fake_score: float = option(0.25, "lambda of (S5) for psi; official: 0.01", low=0)
     t_init: int = option(440, "the noise level that the generator works at; official: 440", low=0, high=999)
-    t_min: int = option(20, "first step t of (S2) and (S3); official: 38", low=0, high=999)
+    t_min: int = option(100, "first step t of (S2) and (S3); official: 38", low=0, high=999)
     t_max: int = option(712, "the step before which t ends in (S2) and (S3); official: 712", low=1, high=1000)
     ema: float = option(0.98, "decay of theta's weight average, the result; official: 0.9999", low=0, high=1)
     clip_value: float = option(1.0, "each gradient entry is clipped to +-this; 0: not; official: 1", low=0)
@@ -174,6 +175,8 @@ def read_classes(config, num_classes):
     retained = [k for k in range(num_classes) if k not in forget]
     if not retained:
         raise ValueError("--forget names every class; leave at least one to retain")
+    if not forget and config.override != "next":
+        raise ValueError(f"--override {config.override} is for a class to forget; with --forget none leave it out")
     override = None
     if config.override == "next":
         override = [min(retained, key=lambda r: (r - k) % num_classes) for k in forget]

@@ -186,6 +186,9 @@ def read_concept(config):
         raise ValueError("--retain-prompts: name a file of prompts; the tiny model alone has prompts of its own")
     prompts = read_prompts(config.retain_prompts) if config.retain_prompts else every_prompt()
     concept = config.forget.replace(",", " ").strip()
+    if config.override != "next" and (concept == "none" or config.mode == "negative"):
+        flag = "--forget none" if concept == "none" else "--mode negative"
+        raise ValueError(f"--override {config.override!r} names a substitute, and {flag} has none; leave one of them out")
     if concept == "none":
         return prompts, [], [], ""
     named = read_prompts(config.forget_prompts) if config.forget_prompts else prompts

@@ -70,23 +70,21 @@ def all_classes():
     for k in sorted({run["forget"][0] for run in runs}):
         lines.append(row(k, [run for run in runs if run["forget"] == [k]]))
     lines.append(row(f"**all {len(runs)} runs**", runs))
-    longer = read("ddpm_sfd-mnist-960-steps")
-    steps, of = longer[0]["config"]["steps"], sorted({run["forget"][0] for run in longer})
-    digits = "all digits" if len(of) == 10 else f"digits {', '.join(map(str, of))}"
-    lines.append(row(f"**{len(longer)} runs of {digits} with `--steps {steps}`**, {seeds(longer)}, {longer[0]['amp']}", longer))
-    for folder in ("t-max-600", "unguided"):
+    for folder in ("lambda-0.5", "960-steps", "t-max-600", "unguided"):
         before = read(f"ddpm_sfd-mnist-{folder}")
         config = before[0]["config"]
         lines.append(row(
             f"{len(before)} runs of all digits at earlier settings, {config['steps']} steps, guidance "
-            f"{config.get('guidance', 1):g}, lambda {config['lambda_generator']:g} for theta, t below {config['t_max']}, "
-            f"rates down to {config['lr_end']:g}, weight average {config['ema']:g}, {before[0]['amp']}", before))
+            f"{config.get('guidance', 1):g}, lambda {config['lambda_generator']:g} for theta and "
+            f"{config['lambda_fake_score']:g} for psi, t from {config['t_min']} to below {config['t_max']}, rates down to "
+            f"{config['lr_end']:g}, weight average {config['ema']:g}, {before[0]['amp']}", before))
     first, config = runs[0], runs[0]["config"]
     lines += [
         "",
         f"{seeds(runs).capitalize()}; {first['images_per_class']} images of each class; {config['steps']} steps, "
-        f"lambda {config['lambda_generator']:g} for theta, t below {config['t_max']}, guidance {config['guidance']:g} "
-        f"({config['guidance_safe']:g} towards the safe class); {where(runs)}; FID of real test images, for scale: "
+        f"lambda {config['lambda_generator']:g} for theta and {config['lambda_fake_score']:g} for psi, t from "
+        f"{config['t_min']} to below {config['t_max']}, guidance {config['guidance']:g} ({config['guidance_safe']:g} towards "
+        f"the safe class); {where(runs)}; FID of real test images, for scale: "
         f"{first['real_test_fid']:.4f} without class {first['forget'][0]}. "
         f"Made by `python results/all_classes.py ddpm_sfd`, raw numbers in `results/ddpm_sfd-mnist/`.",
     ]
@@ -193,7 +191,7 @@ def two_stage():
         lines.append(f"| {name.format(runs[0]['total_steps'])} | {' | '.join(cells)} |")
     accuracy, fid = (mean(run[f"teacher_{key}"] for run in runs) for key in ("retained_accuracy", "fid"))
     config = runs[0]["config"] | {"guidance": 1, "guidance_safe": 1}  # runs from before these options had none
-    names = ("ema", "lr_end", "lambda_generator", "t_max", "guidance", "guidance_safe")
+    names = ("ema", "lr_end", "lambda_generator", "lambda_fake_score", "t_min", "t_max", "guidance", "guidance_safe")
     flags = " ".join(f"--{name.replace('_', '-')} {config[name]:g}" for name in names)
     return [
         *lines,

@@ -395,6 +395,7 @@ BAD = [
     (["--forget", "0", "--override", "0"], "no retained class"),
     (["--forget", "0", "--override", "12"], "the classes are 0..9"),
     (["--forget", "0", "--override", "1,2"], "no retained class"),
+    (["--forget", "none", "--override", "3"], "leave it out"),
     (["--forget", *map(str, range(10))], "every class"),
     (["--teacher", "nobody"], "shipped name"),
     (["--teacher", "mnist-classifier"], "no minUnlearn U-Net"),

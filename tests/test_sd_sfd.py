@@ -153,6 +153,8 @@ def test_prompts_from_files(tmp_path):
     ("--sd folder --forget eleven --retain-prompts {prompts}", "stands in none of the prompts"),
     ("--forget three --override three", "contains what is to be forgotten"),
     ("--forget red three --override eight", "as many words"),
+    ("--forget three --override eight --mode negative", "--mode negative has none"),
+    ("--forget none --override eight", "--forget none has none"),
     ("--sd nowhere", "--retain-prompts"),
     ("--sd nowhere --retain-prompts {prompts}", "no folder 'nowhere'"),
     ("--forget-prompts missing.txt", "missing.txt"),
