@@ -188,7 +188,7 @@ def read_concept(config):
     concept = config.forget.replace(",", " ").strip()
     if config.override != "next" and (concept == "none" or config.mode == "negative"):
         flag = "--forget none" if concept == "none" else "--mode negative"
-        raise ValueError(f"--override {config.override!r} names a substitute, and {flag} has none; leave one of them out")
+        raise ValueError(f"--override {config.override!r} names a substitute; {flag} has none, so leave it out")
     if concept == "none":
         return prompts, [], [], ""
     named = read_prompts(config.forget_prompts) if config.forget_prompts else prompts
