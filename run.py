@@ -1,9 +1,9 @@
 """What every run needs and no paper mentions.
 
 The command line made from a dataclass, one-line refusals, the run folder, atomic checkpoints and exact resume, the
-choice of device and precision, and several processes under torchrun. The same seed gives the same bits on a CPU; on a
-GPU some of PyTorch's sums are taken in no fixed order. Nothing here knows what is being trained; a method file reads
-well without opening this one. What it calls:
+choice of device and precision, and several processes under torchrun. The same seed gives the same bits on one machine's
+CPU; on a GPU some of PyTorch's sums are taken in no fixed order. Nothing here knows what is being trained; a method
+file reads well without opening this one. What it calls:
 
     config = parse(Config, __doc__, PRESETS)     # the dataclass, filled from the command line
     run = Run(config, folder)                    # device, precision, processes, folder
@@ -139,8 +139,8 @@ def choose_amp(name, device):
     """auto | bf16 | fp16 | off -> torch.bfloat16, torch.float16 or None (float32 throughout, but that
     PyTorch lets newer GPUs round it to TF32 inside convolutions).
 
-    auto takes bf16 where the hardware multiplies it natively: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX.
-    Elsewhere fp16 on GPUs, and None on CPUs.
+    auto takes bf16 where the hardware multiplies it natively: GPUs from Ampere on, CPUs with AVX512-BF16 or Intel's
+    AMX. Elsewhere fp16 on GPUs, and None on CPUs, Arm's and Apple's among them.
     """
     cpu = any(getattr(torch.cpu, f, lambda: False)() for f in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     if name == "auto":
@@ -152,12 +152,19 @@ def choose_amp(name, device):
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[name]
 
 
+def cpu_name():
+    """What the processor calls itself, as far as the system tells."""
+    try:
+        if sys.platform == "darwin":
+            return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
+        return Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
+    except (OSError, IndexError, subprocess.SubprocessError):
+        return platform.processor() or f"{platform.machine()} CPU"
+
+
 def machine(device=torch.device("cpu")):
     """One line that says what this ran on, for metrics.json."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    with contextlib.suppress(OSError, IndexError):
-        if device.type == "cpu":
-            name = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     return f"{name}{threads}, torch {torch.__version__}, Python {platform.python_version()}"
 
@@ -212,16 +219,9 @@ def plot_curves(curves, path):
 
 # ---------------------------------------------------------------------------- a run
 
-OURS = {
-    "config.json",
-    "metrics.json",
-    "samples_before.png",
-    "samples_after.png",
-    "curves.png",
-    "checkpoint.pt",
-    "generator.safetensors",
-    "fake_score.safetensors",
-    "unlearned.safetensors",
+OURS = {  # what may lie in the folder of a run; the last is a Mac's doing
+    "config.json", "metrics.json", "checkpoint.pt", "curves.png", "samples_before.png", "samples_after.png",
+    "generator.safetensors", "fake_score.safetensors", "unlearned.safetensors", ".DS_Store",
 }
 MAY_CHANGE = {"steps", "resume", "out", "device", "save_every", "compile"}  # between a run and its resumption
 

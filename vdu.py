@@ -290,12 +290,12 @@ def undesired_images(source, forget, shape, n=0, seed=0):
     folder = Path(source)
     if source != "data" and not folder.is_dir():
         raise OSError(f"--data {source} is no folder")
-    pictures = sorted(p for p in folder.glob("*") if p.suffix.lower() in PICTURES)
+    pictures = sorted(p for p in folder.glob("[!.]*") if p.suffix.lower() in PICTURES)
     if (folder / "wnids.txt").is_file():  # tiny ImageNet: class k is the k-th line of wnids.txt
         names = (folder / "wnids.txt").read_text().split()
         if max(forget) >= len(names):
             raise ValueError(f"--forget {max(forget)}: {source} has the classes 0..{len(names) - 1}")
-        pictures = sorted(p for k in forget for p in (folder / "train" / names[k] / "images").glob("*"))
+        pictures = sorted(p for k in forget for p in (folder / "train" / names[k] / "images").glob("[!.]*"))
     if pictures:
         images = torch.stack([read_picture(pictures[i], shape) for i in some(len(pictures))]) / 127.5 - 1
     else:

@@ -110,7 +110,8 @@ class Loop:
 
 
 def peak_resident_bytes():
-    """The largest resident set of this process. Linux's ru_maxrss would be the parent's, where that was larger."""
+    """The largest resident set of this process. Linux's ru_maxrss would be the parent's, where that was larger; macOS
+    does not count what it has compressed."""
     status = Path("/proc/self/status")
     if status.exists():
         return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])

@@ -85,7 +85,7 @@ def write_cifar10(folder, monkeypatch):
 def words(command, processes=1):
     """'ddpm_sfd.py --forget 0' as a list for subprocess: one of the project's scripts, or several under torchrun."""
     script, *rest = shlex.split(command)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(processes)]
     return [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / script), *rest]
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import platform
 import signal
 import subprocess
 import time
@@ -13,7 +14,7 @@ import torch
 from conftest import ROOT, inside, python, words
 
 import run as housekeeping
-from run import Run, linear_decay, option, parse
+from run import Run, linear_decay, machine, option, parse
 from unet import load_unet, save_unet
 
 SFD = "ddpm_sfd.py --forget 1 --classifier none --batch-size 6 --forget-batch-size 2 --override random"
@@ -169,6 +170,22 @@ def test_help_shows_every_flag_with_its_default(capsys):
     with pytest.raises(SystemExit):
         parse(Config, "What it is.", {"small": {}, "large": {"lr": 0.1}}, ["--size", "large", "--help"])
     assert "learning rate [0.1]" in capsys.readouterr().out  # with the preset, the default that a run would take
+
+
+def test_the_machine_says_its_name_where_there_is_no_proc(monkeypatch):
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr("subprocess.check_output", lambda words, text: "Apple M2\n" if words[0] == "sysctl" else "")
+    assert machine().startswith("Apple M2, ")
+    monkeypatch.setattr("sys.platform", "win32")
+    monkeypatch.setattr("pathlib.Path.read_text", lambda path: open("no such file"))
+    monkeypatch.setattr("platform.processor", lambda: "")
+    assert machine().startswith(f"{platform.machine()} CPU, ")
+
+
+def test_a_folder_that_a_finder_looked_into_is_still_empty(tmp_path):
+    (tmp_path / ".DS_Store").write_bytes(b"")
+    Run(Config(out=str(tmp_path)), "")
+    assert (tmp_path / "config.json").exists()
 
 
 def test_a_finished_run_is_replaced_by_the_same_command_only(tmp_path, capsys):

@@ -463,6 +463,7 @@ def test_a_folder_of_pictures_is_cut_to_the_size_of_the_network(tmp_path):
     picture = torch.zeros(3, 40, 80, dtype=torch.uint8)
     picture[:, :, 20:60] = 200  # the middle square
     write_png(picture, str(tmp_path / "wide.png"))
+    (tmp_path / "._wide.png").write_bytes(b"what a Mac writes beside a picture on a USB stick")
     images, _ = undesired_images(tmp_path, [0], (1, 28, 28))
     assert images.shape == (1, 1, 28, 28) and ((images + 1) * 127.5)[..., 2:-2].mean().round() == 200
 
