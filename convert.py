@@ -16,7 +16,8 @@ The source is recognised by what is in it:
         5 items    fake score, its optimizer, generator, its optimizer, step
         6 items    fake score, its optimizer, generator, its optimizer, step, EMA of the generator
     a UNet2DModel of diffusers: a folder with config.json (or unet/config.json), or the .safetensors or .bin beside it;
-        Stable Diffusion 1's UNet2DConditionModel likewise
+        its schedule must be the linear one, where a scheduler_config.json tells.
+        Stable Diffusion 1's UNet2DConditionModel likewise, of any schedule
     a .safetensors file of ours: checked, and written again
 
 How it works. The configuration is read off the shapes of the tensors, or from config.json. The U-Net of that
@@ -171,7 +172,10 @@ CONTAINERS = {
     5: ["fake score", "its optimizer", "generator", "its optimizer", "step"],
     6: ["fake score", "its optimizer", "generator", "its optimizer", "step", "EMA"],
 }
-IMAGE_SIZE = {(1, 2, 2, 2): 32, (1, 2, 2, 2, 4): 64}  # multipliers of the CIFAR-10 and the STL-10 network -> pixels
+IMAGE_SIZE = {  # multipliers and levels with attention of the CIFAR-10 and the STL-10 network -> pixels
+    ((1, 2, 2, 2), (1,)): 32,
+    ((1, 2, 2, 2, 4), (2,)): 64,
+}
 
 
 def pick(items, part, raw):
@@ -203,10 +207,11 @@ def ddpm_family_settings(tensors, image_size):
     channels, in_channels = tensors["conv_in.weight"].shape[:2]
     widths = [len(tensors[f"down.{i}.block.0.conv1.weight"]) for i in range(count(r"down\.(\d+)\."))]
     multipliers = [width // channels for width in widths]
-    image_size = image_size or IMAGE_SIZE.get(tuple(multipliers))
-    if not image_size:
-        raise ValueError(f"which size of images has a network with multipliers {multipliers}? Say with --image-size")
     attended = [i for i in range(len(widths)) if any(name.startswith(f"down.{i}.attn.") for name in tensors)]
+    image_size = image_size or IMAGE_SIZE.get((tuple(multipliers), tuple(attended)))
+    if not image_size:
+        raise ValueError(f"which size of images has a network with multipliers {multipliers} and attention at levels "
+                         f"{attended}? Say with --image-size of convert.py")
     return {"in_channels": in_channels, "channels": channels, "multipliers": multipliers,
             "blocks": count(r"down\.0\.block\.(\d+)\."), "num_classes": len(tensors["classes_emb.weight"]),
             "dropout": 0.1, "groups": 32, **pixels(image_size, len(widths), attended)}
@@ -249,6 +254,14 @@ SETTINGS = BOTH | {  # of a UNet2DModel
     "upsample_type": ("conv", ["conv"]),
     "norm_eps": (1e-5, [1e-6]),
     "add_attention": (True, [True]),
+}
+SCHEDULE = {  # of a scheduler_config.json beside a UNet2DModel: VPSchedule.linear, and a network that predicts eps
+    "prediction_type": ("epsilon", ["epsilon"]),
+    "beta_schedule": ("linear", ["linear"]),
+    "num_train_timesteps": (1000, [1000]),
+    "beta_start": (1e-4, [1e-4]),
+    "beta_end": (0.02, [0.02]),
+    "trained_betas": (None, [None]),
 }
 TEXT_SETTINGS = BOTH | {  # of a UNet2DConditionModel
     "_class_name": (None, ["UNet2DConditionModel"]),
@@ -312,6 +325,10 @@ def read_diffusers(config, tensors, file):
             found = {"container": "UNet2DConditionModel of diffusers", "tensors": len(tensors)}
             return text_unet(tensors, theirs | ({"sample_size": config.image_size} if config.image_size else {})), found
         settings = diffusers_settings(theirs, config.image_size)
+        for schedule in (file.parent / "scheduler_config.json", file.parent / "../scheduler/scheduler_config.json"):
+            if schedule.is_file():
+                file = schedule
+                supported_or_refused(json.loads(file.read_text(encoding="utf-8")), SCHEDULE)
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"its {file.name} describes no UNet2DModel: {error!r}") from None
     except ValueError as error:

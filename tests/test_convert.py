@@ -403,6 +403,19 @@ def stable_diffusion_unet(**change):
     return theirs, json.loads(theirs.to_json_string())
 
 
+@pytest.mark.parametrize("place", ["pipeline/scheduler", "pipeline/unet"])
+def test_another_schedule_or_prediction_is_refused_by_name(place, tmp_path, capsys):
+    source = folder(tmp_path / "pipeline/unet", SMALL, peer(SMALL).state_dict())
+    (tmp_path / place).mkdir(exist_ok=True)
+    file, out = tmp_path / place / "scheduler_config.json", tmp_path / "out.safetensors"
+    for wrong in ({"prediction_type": "v_prediction"}, {"beta_schedule": "squaredcos_cap_v2"}, {"beta_end": 0.012}):
+        file.write_text(json.dumps(wrong))
+        error = refused(capsys, source, out)
+        assert f"scheduler_config.json: {[*wrong][0]}" in error and not out.exists()
+    file.write_text(json.dumps({"_class_name": "DDPMScheduler", "beta_start": 0.0001, "clip_sample": True}))
+    run(source, out)
+
+
 def test_stable_diffusions_unet_and_back(tmp_path):
     theirs, config = stable_diffusion_unet()
     source = folder(tmp_path / "sd" / "unet", config, theirs.state_dict())
@@ -528,6 +541,7 @@ def test_lists_that_are_not_known_are_refused(networks, tmp_path, capsys):
         (network, "", "no config.json"),
         (network, "--raw", "--raw"),
         ([randomise(Reference(multipliers=(1, 3)), 0).state_dict(), {}, 0], "", "--image-size"),
+        ([randomise(Reference(attended=(2,)), 0).state_dict(), {}, 0], "", "attention at levels [2]"),  # 64 px, perhaps
     ]:
         torch.save(content, tmp_path / "ckpt.pth")
         assert word in refused(capsys, tmp_path / "ckpt.pth", tmp_path / "out.safetensors", *words.split())
