@@ -105,7 +105,7 @@ class Config:
     resume: bool = option(False, "go on from the checkpoint in the run folder")
     save_every: int = option(500, "steps between checkpoints", low=1)
     eval_images: int = option(300, "images of each class that the metrics look at", low=2)
-    classifier: str = option("mnist-classifier", "the metrics' classifier: a shipped name or file; none: no metrics")
+    classifier: str = option("mnist-classifier", "the metrics' classifier, shipped or of pretrain.py; none: no metrics")
 
 
 # ---------------------------------------------------------------------------- the method: three formulas

@@ -93,20 +93,23 @@ def evaluate(sample, nfe, judge, unet, forget, per_class, seed, teacher_sample=N
     """Draw `per_class` images of every class with `sample` (z, c, noise) -> images, and judge them: the report.
 
     unet: the teacher, for its shape and for its own numbers, which come with the statistics when it is the shipped
-    one, and are drawn with `teacher_sample` when it is not. real: images (N, C, H, W) of retained classes to take
-    precision and recall against. nfe: network calls an image, for the record. A judge without statistics reports
-    accuracies alone.
+    one, are drawn with `teacher_sample` when it is not, and are left out without that. real: images (N, C, H, W) of
+    retained classes to take precision and recall against. nfe: network calls an image, for the record. A judge without
+    statistics reports accuracies alone.
     """
     labels = balanced_labels(unet.num_classes, per_class)
     images, seconds = generate(sample, labels, unet.image_shape, seed, judge.device, batch, "to judge")
     features, probabilities = judge(images)
-    statistics, known = judge.statistics, judge.facts.get("teacher", {})
-    accuracies = known.get("class_accuracy")
-    if teacher_sample and checksum(unet.path) != known.get("sha256"):
+    statistics, accuracies = judge.statistics, None
+    if judge.facts and checksum(unet.path) == judge.facts["teacher"]["sha256"]:
+        accuracies = judge.facts["teacher"]["class_accuracy"]
+    elif teacher_sample:
         its_images, _ = generate(teacher_sample, labels, unet.image_shape, seed, judge.device, batch, "teacher")
         its_features, its_probabilities = judge(its_images)
-        statistics = statistics and statistics | {"teacher": class_moments(its_features, labels)}
+        statistics = statistics and statistics | {"teacher": class_moments(its_features, labels, unet.num_classes)}
         accuracies = [*class_accuracies(labels, its_probabilities.argmax(1)).values()]
+    elif statistics:  # another network's numbers are not its own
+        statistics = {name: moments for name, moments in statistics.items() if name != "teacher"}
     result = report(labels, features, probabilities, statistics, forget)
     kept = [k for k in range(unet.num_classes) if k not in forget]
     if accuracies:
@@ -152,12 +155,12 @@ def evaluate_unconditional(sample, judge, forget, n=2000, teacher=None, teacher_
     else:
         its_images, _ = generate(teacher_sample, n, (1, 28, 28), seed, judge.device, batch, "teacher")
         its_features, its_probabilities = judge(its_images)
-        before = class_moments(its_features, its_probabilities.argmax(1))
+        before = class_moments(its_features, its_probabilities.argmax(1), 10)
         confidence = mean_confidence(its_probabilities)
         if teacher.path:  # a network in no file could be any
             TEACHERS_SEEN[key] = before, confidence
 
-    after = class_moments(features, probabilities.argmax(1))
+    after = class_moments(features, probabilities.argmax(1), 10)
     real = pool(*(x[kept] for x in judge.statistics["train"]))
     n_before, n_after = int(before[2][forget].sum()), int(counts[forget].sum())
     return {
@@ -330,7 +333,8 @@ class Config:
     per_pair: int = option(20, "pictures of each digit in each colour, of a text-to-image checkpoint", low=1)
     data: str = option("", "folder with MNIST: adds precision and recall against its training images; with Inception "
                            "the folder with CIFAR-10 or STL-10")
-    teacher: str = option("", "the network before: a shipped name, file, URL or hub:ORG/NAME; if not given, the card's")
+    teacher: str = option("", "the network before: a shipped name, file, URL or hub:ORG/NAME; if not given the card's, "
+                              "with Inception none")
     inception: str = option("", "the FID Inception's weights, a file or a URL; if not given they are fetched once")
     classifier: str = option("auto", "shipped name or file; auto: mnist-classifier, with Inception none")
     statistics: str = option("mnist-statistics", "shipped name or file")
@@ -400,8 +404,9 @@ def main(config):
             raise ValueError("--classifier none: nothing is left to look at the images; see --features inception")
         judge = None if classifier == "none" else Judge(unet, classifier, config.statistics)
         said = ",".join(map(str, unet.card.get("forget", []))) or "none"
-        forget = parse_classes(said if config.forget == "auto" else config.forget, 10)
-        check_forget(forget)
+        classes = unet.num_classes or 10
+        forget = parse_classes(said if config.forget == "auto" else config.forget, classes)
+        check_forget(forget, classes)
         kind = choose_kind(config, unet)
         sample, nfe = sampler_of(unet, schedule, kind, config.steps, config.eta, config.guidance or 1.0)
         source = config.teacher or ("" if on_inception else unet.card.get("teacher", ""))
@@ -413,6 +418,8 @@ def main(config):
                              f"{teacher.image_shape}, unlike {config.checkpoint}")
         teacher_sample = teacher and sampler_of(teacher, schedule, "ddim", config.steps)[0]
         if on_inception:
+            if classes != 10:
+                raise ValueError(f"--features inception compares with CIFAR-10 and STL-10: ten classes, not {classes}")
             if not config.data:
                 raise ValueError("--features inception needs --data, the folder with the real images to compare with")
             inception = load_inception(config.inception).to(device)
@@ -429,6 +436,8 @@ def main(config):
             teacher = teacher or load_unet("mnist-unconditional").to(device)
         real = None
         if config.data and not on_inception:
+            if judge.statistics is None:
+                raise ValueError(f"--data: precision and recall of images {unet.image_shape} need --features inception")
             real, labels = mnist(config.data, train=True)
             real = real[~torch.isin(labels, as_classes(forget))][: per_class * (10 - len(forget))]
     with refusing():  # too few images for a metric

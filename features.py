@@ -20,7 +20,7 @@ from unet import read_tensors, weights_path
 class Classifier(nn.Module):
     """The MNIST classifier behind the metrics: six convolutions, an average over the image, one dense layer.
 
-    forward: images (B, 1, 28, 28) in [-1, 1] -> logits (B, 10); `features` -> the penultimate layer, (B, 128).
+    forward: images (B, 1, 28, 28) in [-1, 1] -> logits (B, classes); `features` -> the penultimate layer, (B, 128).
     """
 
     def __init__(self, widths=(32, 32, 64, 64, 128, 128), classes=10):
@@ -43,7 +43,8 @@ class Classifier(nn.Module):
 
 class ResNet34(nn.Module):
     """Torchvision's ResNet-34 for small images: it begins with a 3x3 convolution of stride 1, and without a pooling up
-    to 32 px. forward: images (B, 3, H, W) in [-1, 1] -> logits (B, 10); `features` -> the penultimate layer, (B, 512).
+    to 32 px. forward: images (B, 3, H, W) in [-1, 1] -> logits (B, classes); `features` -> the penultimate layer,
+    (B, 512).
     """
 
     def __init__(self, image_size=32, classes=10):
@@ -68,8 +69,12 @@ class ResNet34(nn.Module):
 def load_classifier(name="mnist-classifier"):
     """The classifier in evaluation mode: a shipped name or a .safetensors path. ValueError if it is none."""
     tensors, facts = read_tensors(name, "classifier")
-    classifier = {"Classifier": Classifier, "ResNet34": ResNet34}[facts.get("network", "Classifier")](**facts["config"])
-    classifier.load_state_dict(tensors)
+    try:
+        network = {"Classifier": Classifier, "ResNet34": ResNet34}[facts.get("network", "Classifier")]
+        classifier = network(**facts["config"])
+        classifier.load_state_dict(tensors)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{name} does not hold the classifier that it says: {str(error).splitlines()[0]}") from None
     return classifier.eval()
 
 

@@ -262,7 +262,7 @@ def evaluate_inception(sample, nfe, unet, forget, n, seed, inception, reference,
         result |= {f"teacher_{name}": value for name, value in numbers(teacher_sample, "teacher").items()}
     if "teacher_counts" in result and forget:
         before, after = (sum(result[name][k] for k in forget) for name in ("teacher_counts", "counts"))
-        result |= {"pul": percent_unlearned(before, after), "n_before": before, "n_after": after}
+        result |= {"pul": percent_unlearned(before, after) if before else None, "n_before": before, "n_after": after}
     return result | facts | {
         "nfe": nfe, "evaluation_seed": seed, "features": "FID Inception (December 2015), 2,048, at 299 px",
         "preprocessing": "clipped to [-1, 1], rounded to 8 bits, resized as in TensorFlow 1, real and generated alike"}

@@ -83,7 +83,7 @@ def pool(means, covariances, counts=None):
     return mean, torch.einsum("k,kij->ij", share, covariances) + between.T @ (share[:, None] * between)
 
 
-def class_moments(features, labels, classes=10):
+def class_moments(features, labels, classes):
     """Moments of each class in turn, and its number of images: features (N, D), labels (N,) -> (K, D), (K, D, D), (K,).
 
     A class of one image has covariance 0, and one of none mean 0 too."""
@@ -154,13 +154,15 @@ def report(labels, features, probabilities, statistics, forget=()):
         "entropy_retained": entropy(probabilities[~asked]),
     }
     if statistics:
+        drawn = class_moments(features, labels, probabilities.shape[1])
         result |= {
-            "fid": balanced_distance(class_moments(features, labels), statistics["train"], kept),
-            "teacher_fid": balanced_distance(statistics["teacher"], statistics["train"], kept),
-            "teacher_images_per_class": int(statistics["teacher"][2][0]),
+            "fid": balanced_distance(drawn, statistics["train"], kept),
             "real_test_fid": balanced_distance(statistics["test"], statistics["train"], kept),
             "inception_score": inception_score(probabilities[~asked]),
         }
+    if statistics and "teacher" in statistics:
+        result |= {"teacher_fid": balanced_distance(statistics["teacher"], statistics["train"], kept),
+                   "teacher_images_per_class": int(statistics["teacher"][2][0])}
     if asked.any():
         result |= {
             "ua": unlearning_accuracy(labels, predictions, forget),

@@ -31,7 +31,7 @@ def measure(config, run):
     classifier, schedule = load_classifier().to(run.device), VPSchedule.linear().to(run.device)
     real = {split: mnist(config.data, train=split == "train") for split in ("train", "test")}
     features = {split: look(classifier, images, run.device)[0] for split, (images, _) in real.items()}
-    sets = {split: class_moments(features[split], labels) for split, (_, labels) in real.items()}
+    sets = {split: class_moments(features[split], labels, 10) for split, (_, labels) in real.items()}
     as_drawn = pool(*sets["train"])  # in MNIST's own proportions
     balanced = pool(*sets["train"][:2])  # all classes alike
 
@@ -50,7 +50,7 @@ def measure(config, run):
         """Moments of a class-conditional teacher's images, the classes being what was asked for; and its scores."""
         labels = balanced_labels(10, config.per_class)
         seen, probabilities, scores = draw(name, lambda unet, z, c: ddim_sample(unet, schedule, z, c, 50), labels, 250)
-        moments, accuracy = class_moments(seen, labels), class_accuracies(labels, probabilities.argmax(1))
+        moments, accuracy = class_moments(seen, labels, 10), class_accuracies(labels, probabilities.argmax(1))
         return moments, scores | {
             "accuracy": sum(accuracy.values()) / 10,
             "class_accuracy": list(accuracy.values()),
@@ -63,7 +63,7 @@ def measure(config, run):
         """The same of an unconditional teacher; its classes are what the classifier sees."""
         sample = lambda unet, z, c: unconditional_sampler(unet, schedule, run.dtype)(z)
         seen, probabilities, scores = draw(name, sample, config.images, 100)
-        moments = class_moments(seen, probabilities.argmax(1))
+        moments = class_moments(seen, probabilities.argmax(1), 10)
         return moments, scores | {
             "fid": frechet_distance(*pool(*moments), *as_drawn),
             "confidence": mean_confidence(probabilities),

@@ -393,8 +393,9 @@ class Run:
     def stop(self, name):
         """NaN and infinity are never passed over: the run ends here, and the last checkpoint stays as it was."""
         self.bar.close()
-        print(f"{Path(sys.argv[0]).name}: error: {name} is not finite at step {self.step}; a checkpoint in "
-              f"{self.folder} is from before. Try a smaller learning rate, or --amp off", file=sys.stderr)
+        saved = f"; a checkpoint in {self.folder} is from before" if (self.folder / "checkpoint.pt").exists() else ""
+        print(f"{Path(sys.argv[0]).name}: error: {name} is not finite at step {self.step}{saved}. Try a smaller "
+              "learning rate, or --amp off", file=sys.stderr)
         sys.exit(1)
 
     # -- checkpoints

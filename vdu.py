@@ -198,8 +198,8 @@ class NaturalGradient(torch.optim.Optimizer):
 
 
 def train(config, run, unet, variance, images, schedule, texts=None):
-    """VDU on `unet`, from mu* on and in place. images (N, C, H, W): D_f; variance: name -> tensor, sigma*^2; texts
-    (N, L, D): what each image is called, for a U-Net that takes text."""
+    """VDU on `unet`, from mu* on and in place. images (N, C, H, W): D_f; variance: name -> tensor, sigma*^2, the
+    same in every process; texts (N, L, D): what each image is called, for a U-Net that takes text."""
     run.prepare(unet.eval().requires_grad_(True))  # no dropout: theta is what q says, not a thinned version of it
     mean = {name: theta.detach().clone() for name, theta in unet.named_parameters()}  # mu*
     if config.covariance == "identity":
@@ -270,7 +270,7 @@ def undesired_images(source, forget, shape, n=0, seed=0):
     if source == "auto":
         try:
             return undesired_images("data", forget, shape, n, seed)
-        except OSError as error:  # neither there nor to be downloaded
+        except (OSError, ValueError) as error:  # neither there nor to be downloaded, or not of this shape
             images, origin = undesired_images("teacher", forget, shape, n, seed)
             return images, f"{origin}, since {' '.join(str(error).split())}; --data names a folder with real ones"
     if source == "teacher":
@@ -339,7 +339,10 @@ def read_posterior(words, unet):
         tensors, facts = read_tensors(words[0], "posterior")
         variance = {name: tensor.float() for name, tensor in tensors.items()}
     if {k: v.shape for k, v in variance.items()} != {k: v.shape for k, v in unet.state_dict().items()}:
-        raise ValueError(f"--posterior {','.join(words)} is of another network than {unet.path.name}")
+        raise ValueError(f"{','.join(words)} is of another network than {unet.path.name}; see --posterior")
+    for name, v in variance.items():
+        if not (v.isfinite() & (v >= 0)).all():
+            raise ValueError(f"--posterior {','.join(words)}: the variance of {name} is not everywhere finite and >= 0")
     if "mean_sha256" in facts and facts["mean_sha256"] != checksum(unet.path):
         raise ValueError(f"--posterior {words[0]} belongs to other weights than those of {unet.path.name}")
     if len(words) > 1:
@@ -410,11 +413,11 @@ def main(config):
         if not forget:
             raise ValueError("--forget none: there is nothing to do")
         judge = None if config.classifier == "none" else Judge(unet, config.classifier)
+        if judge and judge.statistics is None:
+            raise ValueError(f"--classifier {config.classifier} comes without statistics of real images; give "
+                             "--classifier none here, and measure with eval.py --features inception")
         if judge:
             check_forget(forget)
-            if judge.statistics is None:
-                raise ValueError(f"--classifier {config.classifier} comes without statistics of real images; give "
-                                 "--classifier none here, and measure with eval.py --features inception")
         images, origin = undesired_images(config.data, forget, unet.image_shape, config.images, config.seed)
     run = Run(config, f"runs/vdu-{config.preset}-forget{'-'.join(map(str, forget))}")
     if run.rank == 0:

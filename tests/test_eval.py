@@ -17,7 +17,7 @@ from features import Judge, load_classifier
 from run import checksum
 from samples import balanced_labels, generate, sampler_of
 from stable_diffusion import load_stable_diffusion
-from unet import VPSchedule, load_unet, save_unet
+from unet import VPSchedule, load_unet, read_tensors, save_unet, write_tensors
 
 
 def some_moments(seed, d=12, n=200, shift=0.0):
@@ -91,7 +91,7 @@ class Stand:
     def __init__(self, before, n):
         features, probabilities = self.look(before)
         sets = {"train": class_sets(seed=1), "test": class_sets(seed=2)}
-        sets["unconditional"] = metrics.class_moments(features, probabilities.argmax(1))
+        sets["unconditional"] = metrics.class_moments(features, probabilities.argmax(1), 10)
         facts = {"sha256": "teacher", "images": n, "evaluation_seed": 0, "sampler_dtype": "float32", "confidence": 1.0, "sampler": "stand-in"}
         self.statistics, self.device = sets, "cpu"
         self.facts = {"unconditional": facts, "features": "pixels", "classifier_sha256": "stand-in"}
@@ -109,7 +109,7 @@ def class_sets(seed):
     labels = torch.arange(1000) % 10
     features = torch.rand(1000, 3, generator=g) * 2 - 1
     features[:, 0] = labels * 25 / 127.5 - 1
-    return metrics.class_moments(features, labels)
+    return metrics.class_moments(features, labels, 10)
 
 
 def drawn(classes):
@@ -215,7 +215,7 @@ def test_report_leaves_the_forgotten_class_out_of_fid_and_accuracy():
     g = torch.Generator().manual_seed(0)
     labels = balanced_labels(3, 40)
     features = torch.randn(120, 5, generator=g) + labels[:, None]
-    statistics = dict.fromkeys(("train", "test", "teacher"), metrics.class_moments(features, labels))
+    statistics = dict.fromkeys(("train", "test", "teacher"), metrics.class_moments(features, labels, 3))
     probabilities = torch.nn.functional.one_hot(labels, 3).float()
     probabilities[labels == 1] = torch.tensor([0.0, 0.0, 1.0])  # asked for a 1, it draws a 2
     features[labels == 1] += 30
@@ -254,9 +254,26 @@ def test_the_shipped_classifier_and_statistics_fit_the_shipped_teacher():
     assert (probabilities.argmax(1) == balanced_labels(10, 4)).double().mean() > 0.9  # 40 images, 98% expected
 
 
+def test_only_the_shipped_teacher_brings_its_numbers_along(tmp_path):
+    """Of a network that nobody knows, judged without a teacher, no other one's numbers are told."""
+    save_unet(random_unet(), tmp_path / "mine.safetensors")
+    mine, shipped = load_unet(tmp_path / "mine.safetensors"), load_unet("mnist")
+    alone, beside = (
+        evaluation.evaluate(lambda z, c, noise: z, 1, Judge(unet), unet, [2], 4, 0) for unet in (mine, shipped))
+    assert beside["teacher_retained_accuracy"] > 0.95 and beside["teacher_fid"] < beside["fid"]
+    assert {k: v for k, v in beside.items() if not k.startswith("teacher") and k != "seconds_per_1000"} == {
+        k: v for k, v in alone.items() if k != "seconds_per_1000"}
+    assert "teacher" in evaluation.table(beside) and "teacher" not in evaluation.table(alone)
+
+
 def test_wrong_kinds_of_file_and_network_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no minUnlearn classifier"):
         load_classifier("mnist")
+    tensors, _ = read_tensors("mnist-classifier", "classifier")
+    for config in ({"network": "ViT", "config": {}}, {"config": {"classes": 7}}, {"config": {"depth": 3}}):
+        write_tensors(tmp_path / "strange.safetensors", "classifier", tensors, **config)
+        with pytest.raises(ValueError, match="does not hold the classifier"):
+            load_classifier(tmp_path / "strange.safetensors")
     unet = random_unet(in_channels=3)
     unet.path = "x.safetensors"
     with pytest.raises(ValueError, match="--classifier none"):

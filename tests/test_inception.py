@@ -130,6 +130,7 @@ def files(tmp_path, data, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_unet(cifar_unet(0), "generator.safetensors", t_init=440, forget=[1])
     save_unet(cifar_unet(1), "teacher.safetensors")
+    save_unet(random_unet(image_size=32, in_channels=3, attention_at=(), num_classes=20), "twenty.safetensors", forget=[15])
     save_unet(random_unet(num_classes=None, image_size=32, in_channels=3, attention_at=()), "unlearned.safetensors")
     torch.manual_seed(0)
     classifier = ResNet34()
@@ -179,6 +180,11 @@ def test_an_unconditional_checkpoint_is_measured_with_all_its_images(files, caps
         judge=lambda images: (None, torch.eye(10)), teacher_sample=lambda z, c, noise: z.clamp(-1, 1))
     assert evaluated_images["counts"] == [1] * 10 and evaluated_images["pul"] == 0  # the same images, nothing unlearned
     assert evaluated_images["teacher_u_fid"] == evaluated_images["u_fid"]
+    never = inception.evaluate_inception(
+        lambda z, c, noise: z.clamp(-1, 1), 1, type("Net", (), {"num_classes": None, "image_shape": (3, 32, 32)}), [2], 10, 0,
+        network, inception.real_reference(network, (3, 32, 32), files / "data", [2]),
+        judge=lambda images: (None, torch.eye(10)[:2].repeat(5, 1)), teacher_sample=lambda z, c, noise: z.clamp(-1, 1))
+    assert never["pul"] is None and never["u_fid"] > 0  # there was nothing to forget; the distances are told all the same
     asked = []
     monkeypatch.setattr(evaluation, "evaluate_inception", lambda *words: asked.append(words[4]) or result)
     evaluated("unlearned.safetensors --features inception --forget 2")  # --images not given
@@ -190,6 +196,8 @@ def test_an_unconditional_checkpoint_is_measured_with_all_its_images(files, caps
     ("generator.safetensors --features inception", "needs --data"),
     ("mnist --features inception --data data", "32 or 64 px"),
     ("mnist --classifier none", "--features inception"),
+    ("twenty.safetensors --features inception --data data", "ten classes, not 20"),  # not scored against CIFAR-10
+    ("generator.safetensors --classifier classifier.safetensors --data data", "need --features inception"),
     ("generator.safetensors", "--classifier none"),  # the MNIST classifier cannot read it
     ("generator.safetensors --features inception --data data --teacher mnist", "unlike generator.safetensors"),
     ("unlearned.safetensors --classifier classifier.safetensors --forget 1", "need --features inception"),
@@ -207,6 +215,16 @@ def test_bad_input_is_one_line_and_status_2(files, words, says, capsys, monkeypa
         evaluation.main(evaluation.parse(evaluation.Config, "", None, words.split()))
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.count("\n") == 1 and says in error
+
+
+def test_twenty_classes_are_twenty(files):
+    torch.manual_seed(0)
+    classifier = ResNet34(classes=20)
+    write_tensors("twenty-classifier.safetensors", "classifier", classifier.state_dict(), network="ResNet34", config=classifier.config)
+    words = "twenty.safetensors --classifier twenty-classifier.safetensors --steps 1 --per-class 2 --out out.json"
+    evaluation.main(evaluation.parse(evaluation.Config, "", None, words.split()))
+    result = json.load(open("out.json"))
+    assert result["forget"] == [15] and len(result["class_accuracy"]) == 20 and len(result["became"]["15"]) == 20
 
 
 # ------------------------------------------------------------------ the classifier

@@ -537,6 +537,12 @@ def test_a_posterior_must_fit_its_network(files):
         read_posterior(words, c)
     with pytest.raises(ValueError, match="holds no minUnlearn posterior"):
         read_posterior(str(files / "a.safetensors"), a)
+    variance = {k: torch.ones_like(p) for k, p in a.state_dict().items()}
+    for wrong in (float("nan"), float("inf"), -1.0):
+        broken = variance | {"conv_in.bias": torch.full_like(a.conv_in.bias, wrong)}
+        write_tensors(files / "broken.safetensors", "posterior", broken)
+        with pytest.raises(ValueError, match="variance of conv_in.bias is not everywhere finite"):
+            read_posterior(str(files / "broken.safetensors"), a)
 
 
 def test_a_posterior_of_several_teachers_moves_the_network_to_their_mean(files):
