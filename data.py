@@ -4,6 +4,8 @@ Images are (N, C, H, W) in [-1, 1], float32; labels (N,) in 0..9. The methods ne
 undesired class alone (VDU); the metrics compare with the rest.
 """
 
+import os
+
 import torch
 import torch.nn.functional as F
 
@@ -16,6 +18,9 @@ def open_dataset(name, folder, **split):
     try:
         return dataset(folder, **split, download=False)
     except RuntimeError:  # torchvision's word for "not there"
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # they would all write the same files
+            raise OSError(f"{name} does not lie in {str(folder)!r}, and of several processes none downloads it: let a "
+                          "single one do it first") from None
         try:
             return dataset(folder, **split, download=True)
         except (RuntimeError, OSError) as error:

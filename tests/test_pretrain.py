@@ -224,3 +224,16 @@ def test_a_colour_teacher_trains_with_flips_and_a_constant_rate(tmp_path, monkey
     assert run.state["optimizer"].param_groups[0]["lr"] == config.lr
     card = json.loads((tmp_path / "run/cifar10.json").read_text())
     assert card["data"] == "CIFAR-10" and load_unet(tmp_path / "run/cifar10.safetensors").num_classes == 10
+
+
+def test_of_several_processes_none_downloads(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("torchvision.datasets.MNIST.download", lambda self: asked.append(self.root))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(OSError, match="let a single one do it first"):
+        mnist(tmp_path / "data", train=True)
+    assert not asked
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(OSError, match="could not be downloaded"):  # it was asked for, and did not come
+        mnist(tmp_path / "data", train=True)
+    assert asked == [tmp_path / "data"]

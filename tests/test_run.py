@@ -1,6 +1,8 @@
 """The safety of a run: what is killed resumes to the same bits, what goes wrong says so, what is someone else's stays."""
 
 import copy
+import dataclasses
+import importlib
 import json
 import os
 import platform
@@ -220,6 +222,15 @@ def test_a_run_goes_on_to_more_steps_but_not_to_fewer(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         [*rates(steps=6, resume=True)]
     assert exit.value.code == 2 and "already at step 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["ddpm_sfd", "sd_sfd", "vdu", "pretrain"])
+def test_presets_set_what_there_is_to_set(name):
+    """A setting that was renamed must not live on in a preset, where nobody would miss it."""
+    module = importlib.import_module(name)
+    fields = {field.name for field in dataclasses.fields(module.Config)}
+    for preset, settings in module.PRESETS.items():
+        assert settings.keys() <= fields, preset
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path, capsys):
