@@ -1,7 +1,7 @@
-"""Writes the README's tables from the JSON files in this folder.
+"""Writes the tables of README.md and results/README.md from the JSON files in this folder.
 
-python results/tables.py            # README.md anew
-python results/tables.py --check    # status 1 if README.md is not what the files say
+python results/tables.py            # both pages anew
+python results/tables.py --check    # status 1 if one is not what the files say
 """
 
 import json
@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import mean, stdev
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
 
 
 def read(folder, pattern="*.json"):
@@ -70,14 +69,6 @@ def all_classes():
     for k in sorted({run["forget"][0] for run in runs}):
         lines.append(row(k, [run for run in runs if run["forget"] == [k]]))
     lines.append(row(f"**all {len(runs)} runs**", runs))
-    for folder in ("lambda-0.5", "960-steps", "t-max-600", "unguided"):
-        before = read(f"ddpm_sfd-mnist-{folder}")
-        config = before[0]["config"]
-        lines.append(row(
-            f"{len(before)} runs of all digits at earlier settings, {config['steps']} steps, guidance "
-            f"{config.get('guidance', 1):g}, lambda {config['lambda_generator']:g} for theta and "
-            f"{config['lambda_fake_score']:g} for psi, t from {config['t_min']} to below {config['t_max']}, rates down to "
-            f"{config['lr_end']:g}, weight average {config['ema']:g}, {before[0]['amp']}", before))
     first, config = runs[0], runs[0]["config"]
     lines += [
         "",
@@ -88,6 +79,34 @@ def all_classes():
         f"{first['real_test_fid']:.4f} without class {first['forget'][0]}. "
         f"Made by `python results/all_classes.py ddpm_sfd`, raw numbers in `results/ddpm_sfd-mnist/`.",
     ]
+    return lines
+
+
+SFD_SETTINGS = ("ddpm_sfd-mnist", "ddpm_sfd-mnist-long", "ddpm_sfd-mnist-lambda-0.5", "ddpm_sfd-mnist-960-steps",
+                "ddpm_sfd-mnist-t-max-600", "ddpm_sfd-mnist-unguided")
+
+
+def sfd_settings():
+    """One row a folder of runs, the present settings first: how many runs reach each aim, and by how much."""
+    lines = [
+        "| steps | lambda, theta and psi | t | guidance | rates down to | weight average | precision | runs "
+        "| UA at least 99.5% (worst) | accuracy not below the teacher's | FID at most 1.1 times the teacher's "
+        "| all three | FID over the teacher's (worst) |",
+        "|---" * 13 + "|",
+    ]
+    for folder in SFD_SETTINGS:
+        runs = read(folder)
+        config = {"guidance": 1, "guidance_safe": 1} | runs[0]["config"]  # runs from before these had none
+        ratios = [run["fid"] / run["teacher_fid"] for run in runs]
+        reached = [(run["ua"] >= 0.995, run["retained_accuracy"] >= run["teacher_retained_accuracy"], ratio <= 1.1)
+                   for run, ratio in zip(runs, ratios)]
+        ua, accuracy, fid = (sum(column) for column in zip(*reached))
+        lines.append(
+            f"| {config['steps']} | {config['lambda_generator']:g}, {config['lambda_fake_score']:g} "
+            f"| {config['t_min']} to {config['t_max'] - 1} | {config['guidance']:g}, {config['guidance_safe']:g} "
+            f"| {config['lr_end']:g} | {config['ema']:g} | {runs[0]['amp']} | {len(runs)} "
+            f"| {ua} ({100 * min(run['ua'] for run in runs):.1f}%) | {accuracy} | {fid} | {sum(map(all, reached))} "
+            f"| {spread(ratios, '{:.2f}')} ({max(ratios):.2f}) |")
     return lines
 
 
@@ -247,23 +266,29 @@ def sampling():
     return [*lines, "", f"{r['machine']}, {r['precision']}, batches of {r['batch']}, median of {rounds} rounds. {made}"]
 
 
-TABLES = {"all-classes": all_classes, "concepts": concepts, "vdu": vdu, "two-stage": two_stage, "step-time": step_time,
-          "sampling": sampling}
+PAGES = {
+    HERE.parent / "README.md": {"all-classes": all_classes, "concepts": concepts, "vdu": vdu, "two-stage": two_stage,
+                                "step-time": step_time, "sampling": sampling},
+    HERE / "README.md": {"sfd-settings": sfd_settings},
+}
 
 
-def render(text):
-    for name, table in TABLES.items():
+def render(page):
+    """The text of a page, with its tables made anew."""
+    text = page.read_text(encoding="utf-8")
+    for name, table in PAGES[page].items():
         block = "\n".join([f"<!-- {name}: made by results/tables.py -->", *table(), f"<!-- end {name} -->"])
         text, found = re.subn(
             rf"<!-- {name}: .*?<!-- end {name} -->", lambda _, block=block: block, text, flags=re.DOTALL
         )
-        assert found == 1, f"README.md has no place for the table {name}"
+        assert found == 1, f"{page} has no place for the table {name}"
     return text
 
 
 if __name__ == "__main__":
-    old = README.read_text(encoding="utf-8")
-    new = render(old)
-    if "--check" in sys.argv:
-        sys.exit("README.md is not what results/ says; run python results/tables.py" if new != old else 0)
-    README.write_text(new, encoding="utf-8")
+    for page in PAGES:
+        text = render(page)
+        if "--check" not in sys.argv:
+            page.write_text(text, encoding="utf-8")
+        elif text != page.read_text(encoding="utf-8"):
+            sys.exit(f"{page} is not what results/ says; run python results/tables.py")
