@@ -16,7 +16,7 @@ The source is recognised by what is in it:
         5 items    fake score, its optimizer, generator, its optimizer, step
         6 items    fake score, its optimizer, generator, its optimizer, step, EMA of the generator
     a UNet2DModel of diffusers: a folder with config.json (or unet/config.json), or the .safetensors or .bin beside it;
-        its schedule must be the linear one, where a scheduler_config.json tells.
+        its schedule must be the linear one, where a scheduler_config.json tells (hub: does not fetch that).
         Stable Diffusion 1's UNet2DConditionModel likewise, of any schedule
     a .safetensors file of ours: checked, and written again
 
@@ -262,6 +262,7 @@ SCHEDULE = {  # of a scheduler_config.json beside a UNet2DModel: VPSchedule.line
     "beta_start": (1e-4, [1e-4]),
     "beta_end": (0.02, [0.02]),
     "trained_betas": (None, [None]),
+    "rescale_betas_zero_snr": (False, [False]),
 }
 TEXT_SETTINGS = BOTH | {  # of a UNet2DConditionModel
     "_class_name": (None, ["UNet2DConditionModel"]),
@@ -325,10 +326,11 @@ def read_diffusers(config, tensors, file):
             found = {"container": "UNet2DConditionModel of diffusers", "tensors": len(tensors)}
             return text_unet(tensors, theirs | ({"sample_size": config.image_size} if config.image_size else {})), found
         settings = diffusers_settings(theirs, config.image_size)
-        for schedule in (file.parent / "scheduler_config.json", file.parent / "../scheduler/scheduler_config.json"):
-            if schedule.is_file():
-                file = schedule
-                supported_or_refused(json.loads(file.read_text(encoding="utf-8")), SCHEDULE)
+        pipeline = file.resolve().parent.name == "unet"
+        schedule = file.parent / ("../scheduler" if pipeline else "") / "scheduler_config.json"
+        if schedule.is_file():
+            file = schedule
+            supported_or_refused(json.loads(file.read_text(encoding="utf-8")), SCHEDULE)
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"its {file.name} describes no UNet2DModel: {error!r}") from None
     except ValueError as error:

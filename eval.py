@@ -437,7 +437,7 @@ def main(config):
         real = None
         if config.data and not on_inception:
             if judge.statistics is None:
-                raise ValueError(f"--data: precision and recall of images {unet.image_shape} need --features inception")
+                raise ValueError(f"--data: images {unet.image_shape} are for --features inception; leave it out")
             real, labels = mnist(config.data, train=True)
             real = real[~torch.isin(labels, as_classes(forget))][: per_class * (10 - len(forget))]
     with refusing():  # too few images for a metric

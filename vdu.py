@@ -270,7 +270,7 @@ def undesired_images(source, forget, shape, n=0, seed=0):
     if source == "auto":
         try:
             return undesired_images("data", forget, shape, n, seed)
-        except (OSError, ValueError) as error:  # neither there nor to be downloaded, or not of this shape
+        except OSError as error:  # neither there nor to be downloaded
             images, origin = undesired_images("teacher", forget, shape, n, seed)
             return images, f"{origin}, since {' '.join(str(error).split())}; --data names a folder with real ones"
     if source == "teacher":
@@ -342,7 +342,7 @@ def read_posterior(words, unet):
         raise ValueError(f"{','.join(words)} is of another network than {unet.path.name}; see --posterior")
     for name, v in variance.items():
         if not (v.isfinite() & (v >= 0)).all():
-            raise ValueError(f"--posterior {','.join(words)}: the variance of {name} is not everywhere finite and >= 0")
+            raise ValueError(f"{','.join(words)}: the variance of {name} is not everywhere finite and >= 0")
     if "mean_sha256" in facts and facts["mean_sha256"] != checksum(unet.path):
         raise ValueError(f"--posterior {words[0]} belongs to other weights than those of {unet.path.name}")
     if len(words) > 1:

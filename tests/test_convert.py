@@ -403,9 +403,9 @@ def stable_diffusion_unet(**change):
     return theirs, json.loads(theirs.to_json_string())
 
 
-@pytest.mark.parametrize("place", ["pipeline/scheduler", "pipeline/unet"])
+@pytest.mark.parametrize("place", ["pipeline/scheduler", "model"])
 def test_another_schedule_or_prediction_is_refused_by_name(place, tmp_path, capsys):
-    source = folder(tmp_path / "pipeline/unet", SMALL, peer(SMALL).state_dict())
+    source = folder(tmp_path / place.replace("scheduler", "unet"), SMALL, peer(SMALL).state_dict())
     (tmp_path / place).mkdir(exist_ok=True)
     file, out = tmp_path / place / "scheduler_config.json", tmp_path / "out.safetensors"
     for wrong in ({"prediction_type": "v_prediction"}, {"beta_schedule": "squaredcos_cap_v2"}, {"beta_end": 0.012}):

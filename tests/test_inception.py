@@ -197,7 +197,7 @@ def test_an_unconditional_checkpoint_is_measured_with_all_its_images(files, caps
     ("mnist --features inception --data data", "32 or 64 px"),
     ("mnist --classifier none", "--features inception"),
     ("twenty.safetensors --features inception --data data", "ten classes, not 20"),  # not scored against CIFAR-10
-    ("generator.safetensors --classifier classifier.safetensors --data data", "need --features inception"),
+    ("generator.safetensors --classifier classifier.safetensors --data data", "for --features inception; leave it out"),
     ("generator.safetensors", "--classifier none"),  # the MNIST classifier cannot read it
     ("generator.safetensors --features inception --data data --teacher mnist", "unlike generator.safetensors"),
     ("unlearned.safetensors --classifier classifier.safetensors --forget 1", "need --features inception"),
