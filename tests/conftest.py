@@ -112,6 +112,14 @@ def inside(command, cwd):
     return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
+@pytest.fixture(autouse=True)
+def no_gpu(request, monkeypatch):
+    """What is not marked cuda is a test of the CPU, also where there is a GPU: neither it nor its processes see one."""
+    if "cuda" not in request.keywords:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: "slow" not in item.keywords)  # long ones first: with -n 2 the short ones fill the gaps
     for item in items:

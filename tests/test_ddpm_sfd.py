@@ -409,14 +409,13 @@ BAD = [
     (["--t-min", "700", "--t-max", "600"], "below --t-max"),
     (["--device", "tpu"], "invalid choice"),
     (["--amp", "fp16"], "needs a CUDA GPU"),
+    (["--device", "cuda"], "no CUDA GPU"),
     (["--no-such-flag", "1"], "unrecognized arguments"),
     (["--preset", "imagenet"], "invalid choice"),
     (["--resume"], "no checkpoint.pt"),
     (["--out", "foreign"], "files that are not a run's"),
     (["--out", "file.txt"], "is a file"),
 ]
-if not torch.cuda.is_available():
-    BAD.append((["--device", "cuda"], "no CUDA GPU"))
 
 
 @pytest.mark.parametrize("words, message", BAD, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
