@@ -86,9 +86,9 @@ class Config:
     alpha: float = option(1.2, "alpha of (S3); official: 1.2")
     guidance: float = option(1.2, "k of (L1), the teacher's guidance; our choice; official: 1, none", low=0)
     guidance_safe: float = option(1.7, "the same where the teacher is asked for the safe class; official: 1", low=0)
-    lambda_generator: float = option(0.5, "lambda of (S5) for theta; official: 0.01", low=0)
-    lambda_fake_score: float = option(0.25, "lambda of (S5) for psi; 0.25: each of the 32 + 8 images counts alike; "
-                                      "official: 0.01", low=0)
+    lambda_generator: float = option(0.25, "lambda of (S5) for theta; 0.25: each of the 32 + 8 images counts alike; "
+                                     "official: 0.01", low=0)
+    lambda_fake_score: float = option(0.25, "lambda of (S5) for psi; official: 0.01", low=0)
     t_init: int = option(440, "the noise level that the generator works at; official: 440", low=0, high=999)
     t_min: int = option(100, "first step t of (S2) and (S3); official: 38", low=0, high=999)
     t_max: int = option(712, "the step before which t ends in (S2) and (S3); official: 712", low=1, high=1000)
