@@ -82,8 +82,8 @@ def all_classes():
     return lines
 
 
-SFD_SETTINGS = ("ddpm_sfd-mnist", "ddpm_sfd-mnist-long", "ddpm_sfd-mnist-lambda-0.5", "ddpm_sfd-mnist-960-steps",
-                "ddpm_sfd-mnist-t-max-600", "ddpm_sfd-mnist-unguided")
+SFD_SETTINGS = ("ddpm_sfd-mnist", "ddpm_sfd-mnist-lambda-theta-0.5", "ddpm_sfd-mnist-long", "ddpm_sfd-mnist-lambda-0.5",
+                "ddpm_sfd-mnist-960-steps", "ddpm_sfd-mnist-t-max-600", "ddpm_sfd-mnist-unguided")
 
 
 def sfd_settings():
@@ -134,30 +134,46 @@ def vdu():
             f"| {spread([run['training_seconds'] for run in group], '{:.0f}')} |"
         )
 
-    def settings(run):
-        config = run["config"]
-        how = "by its tangent" if config.get("plasticity") == "tangent" else "as it is"
-        images = run["undesired_images"] if config["images"] else "all"
-        return (f"(V3) {how}, gamma {config['gamma']}, {images} undesired images, batches of {config['batch_size']}, "
-                f"end at growth {config['stop_at']}")
-
     for k in sorted({run["forget"][0] for run in runs}):
         lines.append(row(k, [run for run in runs if run["forget"] == [k]]))
     lines.append(row(f"**all {len(runs)} runs**", runs))
-    for folder in ("64-probes", "gamma-0.5", "gamma-0.7"):
-        before = read(f"vdu-mnist-{folder}")
-        more = f"judged on 64 images at random steps, {before[0]['amp']}"
-        lines.append(row(f"{len(before)} runs of all digits at earlier settings, {settings(before[0])}, {more}", before))
-    first = runs[0]
+    first, config = runs[0], runs[0]["config"]
     lines += [
         "",
-        f"{seeds(runs).capitalize()}; {settings(first)}; {first['images']:,} images each, from the same noise before and "
-        f"after; {where(runs)}. FID of the teacher's retained images: "
+        f"{seeds(runs).capitalize()}; gamma {config['gamma']}, batches of {config['batch_size']}, end at growth "
+        f"{config['stop_at']}; {first['images']:,} images each, from the same noise before and after; {where(runs)}. FID of the teacher's retained images: "
         f"{min(r['teacher_fid'] for r in runs):.3f} to {max(r['teacher_fid'] for r in runs):.3f}; u-FID of all its images: "
         f"{min(r['teacher_u_fid'] for r in runs):.3f} to {max(r['teacher_u_fid'] for r in runs):.3f}. "
         f"Made by `python results/all_classes.py vdu --seeds {' '.join(map(str, sorted({r['seed'] for r in runs})))}`, "
         f"raw numbers in `results/vdu-mnist/`.",
     ]
+    return lines
+
+
+VDU_SETTINGS = ("vdu-mnist", "vdu-mnist-64-probes", "vdu-mnist-gamma-0.5", "vdu-mnist-gamma-0.7")
+
+
+def vdu_settings():
+    """One row a folder of runs, the present settings first: how many runs reach each aim, and by how much."""
+    lines = [
+        "| (V3) | gamma | undesired images | batch | end at growth, judged on | precision | runs | PUL at least 90% (worst) "
+        "| u-FID at most twice the teacher's | confidence within 4 points | all three | PUL, % "
+        "| u-FID over the teacher's (worst) |",
+        "|---" * 13 + "|",
+    ]
+    for folder in VDU_SETTINGS:
+        runs = read(folder)
+        config, pul = runs[0]["config"], [100 * run["pul"] for run in runs]
+        ratios = [run["u_fid"] / run["teacher_u_fid"] for run in runs]
+        reached = [(run["pul"] >= 0.9, ratio <= 2, abs(run["confidence"] - run["teacher_confidence"]) <= 0.04)
+                   for run, ratio in zip(runs, ratios)]
+        gone, fid, sure = (sum(column) for column in zip(*reached))
+        probes = "128 images" if folder == VDU_SETTINGS[0] else "64, at random steps"
+        lines.append(
+            f"| {'by its tangent' if config.get('plasticity') == 'tangent' else 'as it is'} | {config['gamma']} "
+            f"| {runs[0]['undesired_images'] if config['images'] else 'all'} | {config['batch_size']} "
+            f"| {config['stop_at']}, {probes} | {runs[0]['amp']} | {len(runs)} | {gone} ({min(pul):.1f}%) | {fid} | {sure} "
+            f"| {sum(map(all, reached))} | {spread(pul, '{:.1f}')} | {spread(ratios, '{:.2f}')} ({max(ratios):.2f}) |")
     return lines
 
 
@@ -240,7 +256,7 @@ def step_time():
         lines.append(
             f"| {name} | {batch[0]} + {batch[1]}, {len(r['seconds']['ours'])} steps "
             f"| {r['median']['plain']:.3f} s | {r['median']['ours']:.3f} s | {r['speedup']:.2f} "
-            f"| {sum(batch) / r['median']['ours']:,.1f} | {f'{share:.0%}' if share else 'not measured'} "
+            f"| {sum(batch) / r['median']['ours']:,.1f} | {f'{share:.1%}' if share else 'not measured'} "
             f"| {memory['plain'] / 2**20:,.0f} → {memory['ours'] / 2**20:,.0f} MiB |"
         )
     if not any(map(on_gpu, runs)):
@@ -251,7 +267,8 @@ def step_time():
         "",
         "Median over the timed steps (their times are in the JSON), both loops in turn in one process. On the CPU: "
         f"{cpu['machine']}, ours in {cpu['precision'].removeprefix('torch.')}. Memory, in a process of its own each: "
-        f"{cpu['memory_is']}; on a GPU what is allocated there. Made by `python benchmarks/step_time.py`.",
+        f"{cpu['memory_is']}; on a GPU what is allocated there. Float32 there has TF32 inside convolutions, as PyTorch has "
+        "it. Made by `python benchmarks/step_time.py`.",
     ]
 
 
@@ -269,7 +286,7 @@ def sampling():
 PAGES = {
     HERE.parent / "README.md": {"all-classes": all_classes, "concepts": concepts, "vdu": vdu, "two-stage": two_stage,
                                 "step-time": step_time, "sampling": sampling},
-    HERE / "README.md": {"sfd-settings": sfd_settings},
+    HERE / "README.md": {"sfd-settings": sfd_settings, "vdu-settings": vdu_settings},
 }
 
 
