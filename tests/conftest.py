@@ -67,6 +67,17 @@ def sd_folder(tmp_path_factory):
     return path
 
 
+def write_mnist(folder, images, labels):
+    """MNIST's files as torchvision lays them out: these images (N, 28, 28) and labels (N,), uint8, for both splits."""
+    raw = folder / "MNIST/raw"
+    raw.mkdir(parents=True)
+    for split in ("train", "t10k"):
+        header = b"".join(n.to_bytes(4, "big") for n in (0x803, *images.shape))
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        header = b"".join(n.to_bytes(4, "big") for n in (0x801, len(labels)))
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
+
+
 def write_cifar10(folder, monkeypatch):
     """CIFAR-10's files as torchvision lays them out: 30 training images and 20 test images, the classes in turn."""
     inner = folder / "cifar-10-batches-py"

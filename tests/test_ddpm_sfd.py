@@ -13,7 +13,8 @@ from conftest import ROOT, inside, python, random_unet
 import ddpm_sfd
 from ddpm_sfd import Config, draw_labels, fake_score_loss, generator_loss, one_step, read_classes, total, train
 from run import Run, parse
-from unet import VPSchedule, load_unet
+from samples import balanced_labels, generate
+from unet import VPSchedule, ddim_sample, load_unet
 
 SCHEDULE = VPSchedule.linear()
 ABAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
@@ -148,6 +149,8 @@ def test_labels_of_a_step():
         retained, forget, None, 400, 300
     )  # random: over all retained ones, never a forgotten one
     assert set(c_teacher[400:].tolist()) == {0, 1, 2, 5, 6, 7, 8, 9}
+    c, c_teacher = draw_labels(*read_classes(Config(forget="3,4,9"), 10), 10, 300)  # each has a safe class of its own
+    assert set(zip(c[10:].tolist(), c_teacher[10:].tolist())) == {(3, 5), (4, 5), (9, 0)}
     c, c_teacher = draw_labels(torch.arange(10), torch.tensor([], dtype=torch.long), None, 40, 0)
     assert len(c) == 40 and torch.equal(c, c_teacher)
 
@@ -210,8 +213,90 @@ def test_fake_score_is_still_while_the_generator_moves(tmp_path, tiny, monkeypat
         return original(guided_teacher, fake_score, x_g, *rest)
 
     monkeypatch.setattr(ddpm_sfd, "generator_loss", spy)
-    trained(small(tmp_path), tiny)
+    trained(small(tmp_path), tiny.train())
     assert seen == [(False, False, False, True)] * 2
+
+
+def test_what_each_update_is_given(tmp_path, tiny, monkeypatch):
+    """One batch of images, with dropout in the network that is trained; steps t in their range, and noise, drawn anew
+    for the second update."""
+    seen = {}
+
+    def spy(f):
+        def called(network, *rest):
+            seen[f.__name__] = [getattr(network, "training", None), *rest]
+            return f(network, *rest)
+
+        monkeypatch.setattr(ddpm_sfd, f.__name__, called)
+
+    for f in (one_step, fake_score_loss, generator_loss):
+        spy(f)
+    trained(small(tmp_path, steps=1, batch_size=20, forget_batch_size=10, t_init=300, t_min=300, t_max=303), tiny)
+    theta_trains, _, c, _, t_init = seen["one_step"]
+    psi_trains, x_psi, t_psi, c_psi, noise_psi, _ = seen["fake_score_loss"]
+    _, _, x_g, t, c_teacher, c_fake, noise, *_ = seen["generator_loss"]
+    assert theta_trains and psi_trains and t_init == 300
+    assert set(t.tolist()) == set(t_psi.tolist()) == {300, 301, 302}
+    assert not torch.equal(t, t_psi) and not torch.equal(noise, noise_psi)
+    assert torch.equal(x_psi, x_g) and x_g.requires_grad and not x_psi.requires_grad
+    assert torch.equal(c_psi, c) and torch.equal(c_fake, c)
+    assert torch.equal(c_teacher[:20], c[:20]) and (c[20:] == 0).all() and (c_teacher[20:] == 1).all()
+
+
+def test_each_network_has_its_own_rate_and_lambda_and_both_are_clipped(tmp_path, tiny, monkeypatch):
+    lambdas, clips, update = [], [], Run.update
+
+    def spy_on_total(loss, *rest):
+        lambdas.append(rest)
+        return total(loss, *rest)
+
+    def spy_on_update(run, name, *rest):
+        clips.append((name, rest[-1]))
+        return update(run, name, *rest)
+
+    monkeypatch.setattr(ddpm_sfd, "total", spy_on_total)
+    monkeypatch.setattr(Run, "update", spy_on_update)
+    words = dict(lr_generator=1e-3, lr_fake_score=4e-3, lr_end=0.5, clip_value=0.7)
+    run, _ = trained(small(tmp_path, lambda_generator=3.0, lambda_fake_score=2.0, **words), tiny)
+    assert lambdas == [(4, 2.0), (4, 3.0)] * 2 and clips == [("loss_psi", 0.7), ("loss_theta", 0.7)] * 2
+    for name, lr in (("psi", 4e-3), ("theta", 1e-3)):
+        group = run.state[f"optimizer_{name}"].param_groups[0]
+        assert (group["initial_lr"], group["lr"]) == pytest.approx((lr, lr / 2)), name
+
+
+def test_the_result_is_the_weight_average_of_theta(tmp_path, tiny, monkeypatch):
+    thetas, log = [], Run.log
+
+    def spy(run, **numbers):
+        thetas.append(copy.deepcopy(run.state["generator"].state_dict()))
+        log(run, **numbers)
+
+    monkeypatch.setattr(Run, "log", spy)
+    _, generator = trained(small(tmp_path, steps=3, ema=0.75), tiny)
+    for k, v in generator.state_dict().items():
+        expected = 0.75 * (0.75 * thetas[0][k] + 0.25 * thetas[1][k]) + 0.25 * thetas[2][k]
+        torch.testing.assert_close(v, expected, rtol=0, atol=1e-6)
+
+
+def test_the_live_ua_is_of_the_forgotten_images_just_drawn(tmp_path, tiny):
+    class Judge:
+        def live_ua(self, images, labels):
+            return ((labels == 0).all() & (images.shape == (2, 1, 28, 28))).float()
+
+    run = Run(small(tmp_path), "")
+    train(run.config, run, tiny, SCHEDULE, read_classes(run.config, 10), Judge())
+    assert run.curves["ua"] == [1.0, 1.0]
+
+
+def test_the_pictures_are_before_and_after_from_the_same_noise(tmp_path, tiny_file, monkeypatch):
+    shown, teacher = {}, load_unet(tiny_file)
+    monkeypatch.setattr(ddpm_sfd, "image_grid", lambda images, labels, path, *rest: shown.update({path.stem: images}))
+    words = f"--teacher {tiny_file} --classifier none --steps 0 --seed 3 --device cpu"
+    assert inside(f"ddpm_sfd.py --forget 0 {words}", tmp_path).returncode == 0
+    for name, sample in (("samples_before", lambda z, c, noise: ddim_sample(teacher, SCHEDULE, z, c, steps=50)),
+                         ("samples_after", lambda z, c, noise: one_step(teacher, z, c, SCHEDULE, 440))):
+        expected, _ = generate(sample, balanced_labels(10, 10), teacher.image_shape, 3, "cpu")
+        assert torch.equal(shown[name], expected), name
 
 
 @pytest.mark.parametrize("guidance, safe", [(1.0, 1.0), (1.25, 1.25), (1.0, 2.0), (1.25, 2.0)])
@@ -314,6 +399,7 @@ def test_presets_carry_the_official_settings():
     official = {"steps": 50_000, "batch_size": 128, "t_init": 440, "t_min": 38, "t_max": 712, "alpha": 1.2, "ema": 0.9999}
     official |= {"lambda_generator": 0.01, "lambda_fake_score": 0.01, "lr_generator": 1e-5, "lr_fake_score": 1e-5}
     official |= {"forget_batch_size": 128, "clip_value": 1.0, "guidance": 1.0, "guidance_safe": 1.0}
+    official |= {"lr_end": 1.0, "clip_images": "off", "classifier": "none"}
     cifar10 = vars(parse(Config, "", ddpm_sfd.PRESETS, ["--preset", "cifar10"]))
     assert official.items() <= cifar10.items()
     stl10 = vars(parse(Config, "", ddpm_sfd.PRESETS, ["--preset", "stl10"]))

@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import random_unet
+from conftest import random_unet, write_mnist
 
 import eval as evaluation
 import metrics
@@ -135,6 +135,16 @@ def test_unconditional_report_counts_the_forgotten_class_before_and_after(monkey
     assert gone["pul"] == 1 and gone["counts"][3] == 0 and gone["counts"][9] == 100 and gone["confidence"] == 1
     assert gone["teacher_counts"] == [50] * 10
     assert gone["balanced_fid"] == pytest.approx(same["balanced_fid"], rel=0.2) and gone["u_fid"] > gone["teacher_fid"]
+    # the distances by hand: to real images of the retained classes, as many of each as there are
+    judge.statistics["train"] = (*judge.statistics["train"][:2], torch.arange(10, 110, 10))
+    gone = evaluation.evaluate_unconditional(drawn([0, 1, 2, 4, 5, 6, 7, 8, 9, 9]), judge, [3], 500, teacher)
+    features, p = judge(generate(drawn([0, 1, 2, 4, 5, 6, 7, 8, 9, 9]), 500, (1, 28, 28), 0, "cpu", batch=100)[0])
+    kept = [k for k in range(10) if k != 3]
+    real = metrics.pool(*(x[kept] for x in judge.statistics["train"]))
+    whole = judge.statistics["unconditional"]
+    for name, moments in (("u_fid", metrics.class_moments(features, p.argmax(1), 10)), ("teacher_u_fid", whole),
+                          ("teacher_fid", [x[kept] for x in whole])):
+        assert gone[name] == pytest.approx(metrics.frechet_distance(*metrics.pool(*moments), *real)), name
     # numbers that the statistics do not hold are drawn anew: here a teacher that draws 3s twice as often
     other = evaluation.evaluate_unconditional(drawn(range(10)), judge, [3], 500, type("Net", (), {"path": "other"}),
                                            drawn([0, 1, 2, 3, 4, 5, 6, 3, 8, 9]))
@@ -215,15 +225,59 @@ def test_report_leaves_the_forgotten_class_out_of_fid_and_accuracy():
     g = torch.Generator().manual_seed(0)
     labels = balanced_labels(3, 40)
     features = torch.randn(120, 5, generator=g) + labels[:, None]
-    statistics = dict.fromkeys(("train", "test", "teacher"), metrics.class_moments(features, labels, 3))
+    train = metrics.class_moments(features, labels, 3)
+    statistics = {name: (train[0] + by, *train[1:]) for name, by in (("train", 0), ("test", 1), ("teacher", 2))}
     probabilities = torch.nn.functional.one_hot(labels, 3).float()
-    probabilities[labels == 1] = torch.tensor([0.0, 0.0, 1.0])  # asked for a 1, it draws a 2
+    probabilities[labels == 1] = torch.tensor([0.0, 0.1, 0.9])  # asked for a 1, it draws a 2
     features[labels == 1] += 30
     result = metrics.report(labels, features, probabilities, statistics, forget=[1])
     assert result["ua"] == 1 and result["ua_images"] == 40 and result["became"] == {1: [0, 0, 1]}
-    assert result["retained_accuracy"] == 1 and result["fid"] == pytest.approx(0, abs=1e-6) == result["teacher_fid"]
+    assert result["retained_accuracy"] == 1
+    distances = [result[name] for name in ("fid", "real_test_fid", "teacher_fid")]  # means moved by 0, 1 and 2, in five numbers
+    assert distances == pytest.approx([0, 5, 20], abs=1e-6)
+    assert result["entropy_retained"] == 0 < result["entropy_forgotten"]
+    assert result["inception_score"] == pytest.approx(2)  # of two classes, both told for sure
     everything = metrics.report(labels, features, probabilities, statistics)
     assert "ua" not in everything and everything["fid"] > 10 and everything["retained_accuracy"] == pytest.approx(2 / 3)
+
+
+def test_another_teachers_numbers_are_its_own(tmp_path):
+    save_unet(random_unet(), tmp_path / "mine.safetensors")
+    mine = load_unet(tmp_path / "mine.safetensors")
+    teacher_sample = sampler_of(load_unet("mnist"), VPSchedule.linear(), "ddim", steps=10)[0]
+    r = evaluation.evaluate(lambda z, c, noise: z, 1, Judge(mine), mine, [2], 4, 0, teacher_sample)  # beside pure noise
+    assert r["teacher_retained_accuracy"] > 0.8 > r["retained_accuracy"] and r["teacher_fid"] < 0.5 * r["fid"]
+    assert r["teacher_images_per_class"] == 4
+
+
+def test_precision_and_recall_are_of_retained_classes_against_real_ones(tmp_path, monkeypatch):
+    class Judge:
+        device, statistics, facts = "cpu", None, {}
+
+        def __call__(self, images):
+            return images.flatten(1)[:, :2], torch.eye(3)[torch.arange(len(images)) % 3]
+
+    def sample(z, c, noise):
+        return 0.05 * z - 0.5 + 1.3 * (c == 2).view(-1, 1, 1, 1)  # the forgotten class lies far from all that is real
+
+    real = 0.05 * torch.randn(200, 1, 2, 2, generator=torch.Generator().manual_seed(0)) - 0.5
+    real[100:] += 0.7  # half of it is never drawn
+    unet = types.SimpleNamespace(num_classes=3, image_shape=(1, 2, 2))
+    r = evaluation.evaluate(sample, 1, Judge(), unet, [2], 50, 0, real=real)
+    assert r["precision"] > 0.8 and 0.3 < r["recall"] < 0.6
+    # the command hands real images over, without the forgotten class, whose pixels are 60 here
+    labels, seen = np.arange(20, dtype=np.uint8) % 10, []
+    write_mnist(tmp_path, np.repeat(labels * 20, 784).reshape(20, 28, 28), labels)
+
+    def spy(*words):
+        seen.append(words[8])
+        return {"nfe": 1, "seconds_per_1000": 0}
+
+    monkeypatch.setattr(evaluation, "evaluate", spy)
+    monkeypatch.setattr(evaluation, "show", lambda *words: None)
+    evaluation.main(evaluation.Config("mnist", forget="3", data=str(tmp_path), device="cpu"))
+    pixels = ((seen[0] + 1) * 127.5).round().unique().tolist()
+    assert len(seen[0]) == 18 and pixels == [20 * k for k in range(10) if k != 3]
 
 
 def test_images_do_not_depend_on_the_batch_size_and_are_eight_bit():
@@ -354,3 +408,19 @@ def test_the_command_reads_a_generator_of_the_tiny_model(tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluation.main(dataclasses.replace(config, out=str(tmp_path / "nowhere" / "a.json")))
     assert "there is no folder" in capsys.readouterr().err
+
+
+def test_the_command_samples_the_tiny_model_with_guidance_in_its_latents(tmp_path, monkeypatch):
+    seen, sd = [], load_stable_diffusion("tiny-sd")
+    save_unet(sd.unet, tmp_path / "unet.safetensors", sd="tiny-sd")
+
+    def spy(*words):
+        seen.append(words)
+        return words[2]
+
+    monkeypatch.setattr(evaluation, "ddim_sample", spy)
+    out = tmp_path / "a.json"
+    evaluation.main(evaluation.Config(str(tmp_path / "unet.safetensors"), per_pair=1, steps=7, device="cpu", out=str(out)))
+    _, _, _, _, steps, eta, guidance, x0_clip, _, null = seen[0]
+    assert (steps, eta, guidance, x0_clip) == (7, 0.0, 4.5, False) and torch.equal(null, sd.embed([""]))
+    assert json.loads(out.read_text())["nfe"] == 14

@@ -185,6 +185,12 @@ def test_an_unconditional_checkpoint_is_measured_with_all_its_images(files, caps
         network, inception.real_reference(network, (3, 32, 32), files / "data", [2]),
         judge=lambda images: (None, torch.eye(10)[:2].repeat(5, 1)), teacher_sample=lambda z, c, noise: z.clamp(-1, 1))
     assert never["pul"] is None and never["u_fid"] > 0  # there was nothing to forget; the distances are told all the same
+    gone = inception.evaluate_inception(  # the teacher's images are dark, and dark ones are seen as half 2s, bright ones as none
+        lambda z, c, noise: z.clamp(0, 1), 1, type("Net", (), {"num_classes": None, "image_shape": (3, 32, 32)}), [2], 10, 0,
+        network, inception.real_reference(network, (3, 32, 32), files / "data", [2]),
+        judge=lambda images: (None, torch.eye(10)[[2, 3] * 5 if images.mean() < 0 else [3, 4] * 5]),
+        teacher_sample=lambda z, c, noise: z.clamp(-1, 0))
+    assert (gone["pul"], gone["n_before"], gone["n_after"]) == (1, 5, 0)
     asked = []
     monkeypatch.setattr(evaluation, "evaluate_inception", lambda *words: asked.append(words[4]) or result)
     evaluated("unlearned.safetensors --features inception --forget 2")  # --images not given
@@ -240,11 +246,14 @@ def test_a_judge_without_statistics_reports_accuracies_alone(files, capsys):
     def sample(z, c, noise):
         return colours[c].view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
 
-    result = evaluation.evaluate(sample, 1, judge, unet, [2], 1, 0, sample)
+    other = lambda z, c, noise: sample(z, (c + 5) % 10, noise)
+    result = evaluation.evaluate(sample, 1, judge, unet, [2], 1, 0, other)
     images, _ = generate(sample, torch.arange(10), (3, 32, 32), 0, "cpu")
     right = (load_classifier("classifier.safetensors")(images).argmax(1) == torch.arange(10)).tolist()
     assert result["ua"] == 1 - right[2] and result["retained_accuracy"] == pytest.approx((sum(right) - right[2]) / 9)
-    assert result["teacher_retained_accuracy"] == pytest.approx(result["retained_accuracy"]) and "fid" not in result
+    seen = load_classifier("classifier.safetensors")(images).argmax(1).roll(5) == torch.arange(10)
+    expected = (sum(seen.tolist()) - seen[2].item()) / 9
+    assert result["teacher_retained_accuracy"] == pytest.approx(expected) and "fid" not in result
     assert "FID" not in evaluation.table(result) and "retained accuracy" in evaluation.table(result)
 
 

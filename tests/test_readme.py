@@ -32,8 +32,7 @@ def test_commands_name_scripts_and_flags_that_exist(command, monkeypatch):
     if "/" in script:
         return
     module = __import__(script.removesuffix(".py"))
-    config = module.parse(module.Config, module.__doc__, getattr(module, "PRESETS", None), arguments)
-    assert config is not None
+    module.parse(module.Config, module.__doc__, getattr(module, "PRESETS", None), arguments)  # leaves if it cannot
 
 
 @pytest.mark.parametrize("page", ["README.md", "results/README.md"])
@@ -54,7 +53,9 @@ def test_tables_are_what_the_results_say():
 
 
 def test_every_equation_label_stands_in_the_code_that_the_readme_says():
-    for label, file in re.findall(r"^\| (\([DSVL]\d\)) \|.*\| `(\w+\.py)` \|$", README, flags=re.MULTILINE):
+    named = re.findall(r"^\| (\([DSVL]\d\)) \|.*\| `(\w+\.py)` \|$", README, flags=re.MULTILINE)
+    assert {f"({label})" for label in "D1 D2 D3 S1 S2 S3 S4 S5 L1 V3 V4 V5 V6".split()} == {label for label, _ in named}
+    for label, file in named:
         code = [
             line
             for line in (ROOT / file).read_text(encoding="utf-8").splitlines()

@@ -86,14 +86,17 @@ def test_two_processes_train_one_network_and_one_writes(tmp_path, tiny_file):
     assert not torch.equal(first, second)  # each process draws noise of its own
     resumed = python(f"{command} --steps 4 --resume", tmp_path, processes=2, env=one_thread())
     assert resumed.returncode == 0, resumed.stderr
+    first, second = (state["cpu"] for state in torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)["random"])
+    assert not torch.equal(first, second)  # each went on from its own
 
 
 GRADIENTS = """
 import sys
 import torch
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import ddpm_sfd
 from conftest import random_unet
-from ddpm_sfd import Config, read_classes, train
+from ddpm_sfd import Config, one_step, read_classes, train
 from run import Run
 from unet import VPSchedule
 
@@ -112,8 +115,17 @@ run.update("loss", parallel(x).square().mean(), net, torch.optim.SGD(net.paramet
 # three steps of SFD, each process with labels and noise of its own
 teacher = random_unet(image_size=8, attention_at=(4,)).to(run.device)
 set_state(own_random_state)
+sizes = []
+
+
+def counted(generator, z, c, *rest):
+    sizes.append((len(c), int((c == 0).sum())))
+    return one_step(generator, z, c, *rest)
+
+
+ddpm_sfd.one_step = counted
 train(config, run, teacher, VPSchedule.linear().to(run.device), read_classes(config, 10))
-torch.save({{"linear": net.state_dict(), "random": get_state(),
+torch.save({{"linear": net.state_dict(), "random": get_state(), "sizes": sizes,
             **{{name: run.state[name].state_dict() for name in ("fake_score", "generator")}}}}, {out!r} + f"/rank{{run.rank}}.pt")
 torch.distributed.destroy_process_group()
 """
@@ -137,6 +149,7 @@ def test_gradients_over_processes_are_those_of_the_whole_batch(tmp_path, device)
     for saved in (first, second):
         torch.testing.assert_close(saved["linear"]["weight"], net.weight.data)
         torch.testing.assert_close(saved["linear"]["bias"], net.bias.data)
+    assert first["sizes"] == second["sizes"] == [(6, 2)] * 3  # 8 + 4 images, over two processes
     assert not torch.equal(first["random"], second["random"])
     for name in ("fake_score", "generator"):  # different batches, one network
         assert all(torch.equal(first[name][k], second[name][k]) for k in first[name]), name
@@ -269,8 +282,20 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert json.loads(path.read_text()) == {"old": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_update_clips_each_gradient_entry(tmp_path):
+def test_time_before_a_resume_counts(tmp_path):
+    first = Run(Config(out=str(tmp_path / "run")), "")
+    for _ in first.loop({}):
+        first.seconds = 1000.0
+    again = Run(Config(out=str(tmp_path / "run"), resume=True), "")
+    assert list(again.loop({})) == [] and again.elapsed() >= 1000
+
+
+@pytest.mark.parametrize("scale", [None, 1024.0])
+def test_update_clips_each_gradient_entry(tmp_path, scale):
+    """With fp16, too, the gradient itself and not the scaled one."""
     run = Run(Config(out=str(tmp_path / "run")), "")
+    if scale:
+        run.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     net = torch.nn.Linear(2, 1, bias=False)
     before = net.weight.data.clone()
     loss = (net.weight * torch.tensor([[0.25, -50.0]])).sum()
@@ -358,10 +383,13 @@ def test_processes_that_cannot_share_are_refused_before_a_folder_is_made(tmp_pat
 
 def test_precision_is_detected_not_assumed(monkeypatch):
     cpu = torch.device("cpu")
-    for supported, expected in ((True, torch.bfloat16), (False, None)):
-        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-            monkeypatch.setattr(torch.cpu, name, lambda supported=supported: supported, raising=False)
+    for avx, amx, expected in ((0, 0, None), (1, 0, torch.bfloat16), (0, 1, torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: bool(avx), raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: bool(amx), raising=False)
         assert housekeeping.choose_amp("auto", cpu) is expected
+    for native, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        assert housekeeping.choose_amp("auto", torch.device("cuda")) is expected
     assert housekeeping.choose_amp("off", cpu) is None and housekeeping.choose_amp("bf16", cpu) is torch.bfloat16
 
 

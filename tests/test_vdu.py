@@ -8,7 +8,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, inside, python, random_unet, write_cifar10
+from conftest import ROOT, inside, python, random_unet, write_cifar10, write_mnist
 from test_convert import CIFAR10, peer
 from torchvision.io import write_png
 
@@ -415,16 +415,6 @@ def test_compiled_it_takes_nearly_the_same_steps(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------ the images that it may see
-
-
-def write_mnist(folder, images, labels):
-    raw = folder / "MNIST/raw"
-    raw.mkdir(parents=True)
-    for split in ("train", "t10k"):
-        header = b"".join(n.to_bytes(4, "big") for n in (0x803, *images.shape))
-        (raw / f"{split}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-        header = b"".join(n.to_bytes(4, "big") for n in (0x801, len(labels)))
-        (raw / f"{split}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
 
 
 def test_no_pixel_of_another_class_of_mnist_matters(tmp_path):
