@@ -21,6 +21,7 @@ from concepts import (
     shown,
     without,
 )
+from features import load_statistics
 from unet import load_unet
 
 
@@ -117,3 +118,11 @@ def test_the_judge_reads_what_was_painted():
     assert right >= 0.9 * 120
     assert torch.equal(covariances[7, 128:], torch.zeros(3, 131).double()) and shown(1, 0, "red one")
     assert fill("{colour} {digit}", *PAIRS[7]) == "green one"
+
+
+def test_real_moments_are_those_of_mnists_training_digits_in_each_colour():
+    means, covariances = ConceptJudge().real_moments()
+    train, ink = load_statistics()[0]["train"], torch.tensor(list(COLOURS.values())).double()
+    for i, (digit, colour) in enumerate(PAIRS):
+        assert torch.equal(means[i], torch.cat([train[0][digit], ink[colour]]))
+        assert torch.equal(covariances[i, :128, :128], train[1][digit])

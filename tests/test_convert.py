@@ -408,12 +408,25 @@ def test_another_schedule_or_prediction_is_refused_by_name(place, tmp_path, caps
     source = folder(tmp_path / place.replace("scheduler", "unet"), SMALL, peer(SMALL).state_dict())
     (tmp_path / place).mkdir(exist_ok=True)
     file, out = tmp_path / place / "scheduler_config.json", tmp_path / "out.safetensors"
-    for wrong in ({"prediction_type": "v_prediction"}, {"beta_schedule": "squaredcos_cap_v2"}, {"beta_end": 0.012}):
+    for wrong in ({"prediction_type": "v_prediction"}, {"beta_schedule": "squaredcos_cap_v2"}, {"beta_end": 0.012},
+                  {"num_train_timesteps": 4000}, {"beta_start": 0.00085}, {"trained_betas": [0.1]},
+                  {"rescale_betas_zero_snr": True}):
         file.write_text(json.dumps(wrong))
         error = refused(capsys, source, out)
         assert f"scheduler_config.json: {[*wrong][0]}" in error and not out.exists()
     file.write_text(json.dumps({"_class_name": "DDPMScheduler", "beta_start": 0.0001, "clip_sample": True}))
     run(source, out)
+
+
+@pytest.mark.parametrize("setting, value", [
+    ("flip_sin_to_cos", False), ("freq_shift", 1), ("downsample_padding", 0), ("num_attention_heads", 8),
+    ("mid_block_type", "UNetMidBlock2D"), ("only_cross_attention", True), ("dual_cross_attention", True),
+    ("transformer_layers_per_block", 2), ("addition_embed_type", "text"), ("encoder_hid_dim", 8),
+    ("conv_in_kernel", 5), ("conv_out_kernel", 5)])
+def test_habits_of_other_text_models_are_refused_by_name(setting, value):
+    theirs, config = stable_diffusion_unet()
+    with pytest.raises(ValueError, match=setting):
+        convert.text_unet(theirs.state_dict(), config | {setting: value})
 
 
 def test_stable_diffusions_unet_and_back(tmp_path):
@@ -692,3 +705,26 @@ def test_no_server_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     with pytest.raises(OSError, match="http://127.0.0.1:9/x.safetensors: "):
         convert.load_teacher("http://127.0.0.1:9/x.safetensors")
+
+
+def test_files_of_one_name_from_two_addresses_are_two(server, tiny_file, tmp_path):
+    save_unet(random_unet(1), tmp_path / "other.safetensors")
+    server.files["/a/teacher.safetensors"] = Path(tiny_file).read_bytes()
+    server.files["/b/teacher.safetensors"] = (tmp_path / "other.safetensors").read_bytes()
+    a, b = (convert.load_teacher(f"{server.url}/{name}/teacher.safetensors") for name in "ab")
+    assert (a.image_shape, b.image_shape) == ((1, 8, 8), (1, 28, 28))
+    with pytest.raises(OSError, match="has the SHA-256"):  # what lies in the cache was fetched without one
+        convert.load_teacher(f"{server.url}/a/teacher.safetensors#sha256={64 * '0'}")
+
+
+def test_a_teacher_may_be_any_folder_or_file_at_hand(networks, tmp_path):
+    theirs = peer(SMALL)
+    source = folder(tmp_path / "model", SMALL, theirs.state_dict())
+    for path in (source, source / "diffusion_pytorch_model.safetensors"):
+        unet = convert.load_teacher(path)
+        agree(unet, theirs)
+        assert unet.path == source / "diffusion_pytorch_model.safetensors"
+    torch.save(container(4, networks), tmp_path / "ckpt.pth")
+    unet = convert.load_teacher(tmp_path / "ckpt.pth")
+    agree(unet, networks["EMA"], labels=torch.tensor([0, 4, 9]))
+    assert unet.card["weights"] == "EMA" and unet.path == tmp_path / "ckpt.pth"

@@ -15,9 +15,19 @@ import metrics
 from concepts import PAIRS
 from features import Judge, load_classifier
 from run import checksum
-from samples import balanced_labels, generate, sampler_of
+from samples import balanced_labels, generate, image_grid, sampler_of
 from stable_diffusion import load_stable_diffusion
-from unet import VPSchedule, load_unet, read_tensors, save_unet, write_tensors
+from unet import (
+    VPSchedule,
+    ancestral_sample,
+    ddim_sample,
+    guided_noise,
+    indexed_noise,
+    load_unet,
+    read_tensors,
+    save_unet,
+    write_tensors,
+)
 
 
 def some_moments(seed, d=12, n=200, shift=0.0):
@@ -278,6 +288,58 @@ def test_precision_and_recall_are_of_retained_classes_against_real_ones(tmp_path
     evaluation.main(evaluation.Config("mnist", forget="3", data=str(tmp_path), device="cpu"))
     pixels = ((seen[0] + 1) * 127.5).round().unique().tolist()
     assert len(seen[0]) == 18 and pixels == [20 * k for k in range(10) if k != 3]
+
+
+def test_images_are_clipped_and_rounded_to_the_nearest_of_256_values():
+    shades = torch.tensor([-40.0, 0.0, 100.4, 100.6, 300.0])
+    images, _ = generate(lambda z, c, noise: (shades / 127.5 - 1).expand_as(z), 2, (1, 1, 5), 0, "cpu")
+    torch.testing.assert_close((images + 1) * 127.5, torch.tensor([0.0, 0.0, 100.0, 101.0, 255.0]).expand(2, 1, 1, 5))
+
+
+def test_any_first_part_of_the_labels_is_balanced():
+    """So that a score over consecutive parts of the images is one of all classes in each."""
+    assert balanced_labels(3, 2).tolist() == [0, 1, 2, 0, 1, 2]
+    assert metrics.inception_score(torch.eye(10)[balanced_labels(10, 20)], splits=10) == pytest.approx(10)
+
+
+@pytest.mark.parametrize("kind, calls", [("ddim", 14), ("ancestral", 200)])
+def test_a_sampler_hands_on_guidance_eta_and_noise(kind, calls):
+    unet, schedule = random_unet(image_size=8, attention_at=(4,)), VPSchedule.linear(100, 1e-3, 0.2)
+    z, c = torch.randn(2, 1, 8, 8), torch.tensor([3, 4])
+    sample, nfe = sampler_of(unet, schedule, kind, steps=7, eta=0.5, guidance=2.0)
+    ours, noise = sample(z, c, indexed_noise(0, [0, 1])), indexed_noise(0, [0, 1])
+    guided = lambda x, t, c: guided_noise(unet, x, t, c, 2.0)
+    theirs = (ddim_sample(guided, schedule, z, c, 7, 0.5, noise=noise) if kind == "ddim" else
+              ancestral_sample(guided, schedule, z, c, noise=noise))
+    torch.testing.assert_close(ours, theirs)
+    assert nfe == calls
+
+
+def test_a_grid_is_in_order_and_marks_what_is_forgotten(monkeypatch):
+    figures, images = [], (torch.arange(9.0) / 4 - 1).view(9, 1, 1, 1).expand(-1, 1, 2, 3)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    image_grid(images, None, "x", "", [7], torch.tensor([0, 7, 0, 0, 0, 7, 0, 0, 0]))
+    image_grid(images[:6], torch.tensor([0, 1, 2, 0, 1, 2]), "x", "", [1])
+    square, rows = (figure.axes[0] for figure in figures)
+    assert [patch.get_xy() for patch in square.patches] == [(2.5, -0.5), (5.5, 1.5)]
+    for axes, order in ((square, range(9)), (rows, (0, 3, 1, 4, 2, 5))):
+        assert np.asarray(axes.images[0].get_array())[::2, ::3].flatten() == pytest.approx([i / 8 for i in order])
+    assert [tick.get_color() for tick in rows.get_yticklabels()] == ["black", "crimson", "black"]
+
+
+def test_statistics_made_with_another_classifier_are_refused(tmp_path):
+    tensors, facts = read_tensors("mnist-classifier", "classifier")
+    tensors["head.bias"] = tensors["head.bias"] + 1
+    write_tensors(tmp_path / "other.safetensors", "classifier", tensors, config=facts["config"])
+    with pytest.raises(ValueError, match="were not made with"):
+        Judge(load_unet("mnist"), str(tmp_path / "other.safetensors"))
+
+
+def test_the_live_ua_is_the_share_that_is_not_seen_as_what_was_asked_for():
+    judge, images = Judge(load_unet("mnist")), torch.rand(10, 1, 28, 28) * 2 - 1
+    asked = judge(images)[1].argmax(1)
+    asked[:3] = (asked[:3] + 1) % 10
+    assert judge.live_ua(images, asked).item() == pytest.approx(0.3)
 
 
 def test_images_do_not_depend_on_the_batch_size_and_are_eight_bit():

@@ -2,6 +2,7 @@
 and the ResNet-34 that accuracies are taken with."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -95,6 +96,13 @@ class StandIn(torch.nn.Module):
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     return write_cifar10(tmp_path / "data", monkeypatch)
+
+
+def test_cifar10_is_read_upright_and_in_its_colours(data):
+    raw = pickle.loads((data / "cifar-10-batches-py/data_batch_1").read_bytes())["data"].reshape(6, 3, 32, 32)
+    images, labels = inception.cifar10(data)
+    assert torch.equal(((images[:6] + 1) * 127.5).round().to(torch.uint8), torch.from_numpy(raw))
+    assert labels[:6].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_the_reference_is_of_retained_training_images_and_is_computed_once(data):

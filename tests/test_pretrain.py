@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, inside, python, random_unet
+from conftest import ROOT, inside, python, random_unet, write_mnist
 
 import pretrain
-from data import mnist
+from data import mnist, stl10
 from features import load_classifier, load_statistics, look
 from pretrain import jitter, warm_up_and_down, without_classes
 from run import Run, checksum, parse
@@ -19,19 +19,29 @@ from vdu import read_posterior
 @pytest.fixture
 def data(tmp_path):
     """MNIST's files as torchvision lays them out, with four images a class: a bar whose place tells the digit."""
-    raw = tmp_path / "data/MNIST/raw"
-    raw.mkdir(parents=True)
     labels = np.arange(40, dtype=np.uint8) % 10
     images = np.random.default_rng(0).integers(0, 60, (40, 28, 28)).astype(np.uint8)
     for image, label in zip(images, labels):
         image[:, 2 * label + 4 : 2 * label + 7] = 255
-    for split in ("train", "t10k"):
-        header = b"".join(n.to_bytes(4, "big") for n in (0x803, 40, 28, 28))
-        (raw / f"{split}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-        (raw / f"{split}-labels-idx1-ubyte").write_bytes(
-            b"".join(n.to_bytes(4, "big") for n in (0x801, 40)) + labels.tobytes()
-        )
+    write_mnist(tmp_path / "data", images, labels)
     return tmp_path / "data"
+
+
+def test_the_test_split_is_another_set_of_images(data, monkeypatch):
+    path = data / "MNIST/raw/t10k-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:16] + bytes(40 * 784))
+    assert mnist(str(data), train=False)[0].max() == -1 and mnist(str(data), train=True)[0].max() == 1
+
+    class Fake:
+        def __init__(self, folder, split, download):
+            self.data, self.labels = np.zeros((2, 3, 96, 96), np.uint8), np.array([3, 9], np.uint8)
+            self.data[:, int(split == "test"), :, :48] = 255  # the left half: red in training images, green in test images
+
+    monkeypatch.setattr("torchvision.datasets.STL10", Fake)
+    for train in (True, False):
+        images, labels = stl10("x", train)
+        assert images.shape == (2, 3, 64, 64) and labels.tolist() == [3, 9] and labels.dtype == torch.int64
+        assert (images[:, int(not train), :, :28] == 1).all() and (images[..., 36:] == -1).all()
 
 
 def test_mnist_is_read_into_minus_one_to_one(data):

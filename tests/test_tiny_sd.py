@@ -1,5 +1,6 @@
 """What makes weights/tiny-sd, on a data set of forty images; and the model that ships."""
 
+import copy
 import json
 
 import pytest
@@ -12,6 +13,7 @@ import tiny_sd
 from concepts import PAIRS, every_prompt
 from eval import load_concept_statistics
 from run import Run
+from samples import guided_sampler
 from stable_diffusion import load_stable_diffusion
 from unet import read_tensors
 
@@ -99,3 +101,18 @@ def test_diffusers_pipeline_draws_the_same_picture_from_the_shipped_model():
                               null=sd.embed([""]))
         ours = ((sd.vae.decode(latents) + 1) / 2).clamp(0, 1)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
+
+
+def test_the_guided_sampler_asks_the_network_that_it_is_given(monkeypatch):
+    sd, seen = load_stable_diffusion("tiny-sd"), []
+    other, c = copy.deepcopy(sd.unet), sd.embed(["red"])
+
+    def spy(unet, schedule, z, c, steps, **words):
+        seen.append((unet, schedule, c, steps, words))
+        return z
+
+    monkeypatch.setattr("samples.ddim_sample", spy)
+    guided_sampler(sd, other, steps=7, guidance=2.0)(torch.randn(1, 4, 8, 8), c)
+    [(unet, schedule, asked, steps, words)] = seen
+    assert unet is other and schedule is sd.schedule and asked is c and steps == 7
+    assert words["guidance"] == 2.0 and words["x0_clip"] is False and torch.equal(words["null"], sd.embed([""]))

@@ -255,6 +255,22 @@ def test_noise_depends_on_seed_and_index_alone():
     assert torch.equal(first[3], part((1, 4, 4))[0]) and torch.equal(second[3], part((1, 4, 4))[0])
     assert not torch.equal(first[3], first[4]) and not torch.equal(first, second)
     assert not torch.equal(indexed_noise(8, [3])((1, 4, 4))[0], first[3])
+    assert not torch.equal(indexed_noise(8, [2])((1, 4, 4))[0], first[3])  # the next seed is not the same noise, moved on
+
+
+def test_a_write_that_breaks_off_leaves_the_old_file(tiny, tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    save_unet(tiny, path)
+    before = path.read_bytes()
+
+    def half(tensors, file, metadata):
+        file.write_bytes(before[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("unet.save_file", half)
+    with pytest.raises(KeyboardInterrupt):
+        save_unet(random_unet(1), path)
+    assert path.read_bytes() == before
 
 
 def test_weights_survive_the_disk_bit_for_bit(tiny, tmp_path):
