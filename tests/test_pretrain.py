@@ -12,7 +12,7 @@ from data import mnist, stl10
 from features import load_classifier, load_statistics, look
 from pretrain import jitter, warm_up_and_down, without_classes
 from run import Run, checksum, parse
-from unet import load_unet
+from unet import VPSchedule, load_unet
 from vdu import read_posterior
 
 
@@ -95,6 +95,35 @@ def posterior_run(out, data, **words):
     pretrain.train_posterior(config, run)
     run.finish({})
     return torch.load(out / "checkpoint.pt", weights_only=True)["state"]["finished"]
+
+
+def test_the_teachers_loss_is_min_snr_times_the_error_of_the_noise():
+    torch.manual_seed(0)
+    schedule, x0, seen = VPSchedule.linear(), torch.rand(64, 1, 4, 4) * 2 - 1, []
+    network = lambda x, t, c: seen.append((x, t)) or 0.3 * x
+    loss = pretrain.weighted_denoising_loss(network, x0, None, schedule, 5.0)
+    [(x_t, t)] = seen
+    a, s = schedule.a(t), schedule.s(t)
+    weight = (5 * (s / a) ** 2).clamp(max=1)  # min(SNR, 5) / SNR
+    expected = (weight * (0.3 * x_t - (x_t - a * x0) / s) ** 2).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_each_network_of_a_posterior_is_trained_as_if_it_were_the_only_one(tmp_path, data):
+    finished = posterior_run(tmp_path / "run", data)
+    images, schedule = mnist(str(data), train=True)[0], VPSchedule.linear()
+    for k in (0, 1):
+        net = without_classes(load_unet("mnist")).train()
+        optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
+        torch.manual_seed(k * 1_000_003)
+        for i in range(2):
+            optimizer.param_groups[0]["lr"] = 1.5e-3 * warm_up_and_down(2, 0.4)(i)
+            x0 = images[torch.randint(40, (8,))]
+            optimizer.zero_grad()
+            pretrain.weighted_denoising_loss(net, x0, None, schedule, 5.0).backward()
+            optimizer.step()
+        for name, w in net.state_dict().items():
+            torch.testing.assert_close(finished[f"{k}.{name}"], w)
 
 
 def test_the_posterior_is_of_networks_trained_apart_from_a_common_beginning(tmp_path, data, monkeypatch):
@@ -232,6 +261,13 @@ def test_a_colour_teacher_trains_with_flips_and_a_constant_rate(tmp_path, monkey
     assert 0.3 < mirrored < 0.7
     assert {10} < set(torch.cat([c for _, c in seen]).tolist())  # labels, and "none"
     assert run.state["optimizer"].param_groups[0]["lr"] == config.lr
+    x0, c = (torch.cat(parts) for parts in zip(*seen))
+    index = ((x0.mean((1, 2, 3)) + 1) * 4).long()  # which of the eight; a flip leaves the mean
+    assert torch.equal(c[c != 10], index[c != 10]) and (c == 10).float().mean() < 0.3
+    saved = load_unet(tmp_path / "run/cifar10.safetensors").state_dict()
+    assert all(torch.equal(saved[k], v) for k, v in run.state["ema"].module.state_dict().items())
+    assert not all(torch.equal(saved[k], v) for k, v in run.state["unet"].state_dict().items())
+    assert run.state["lr"].last_epoch == 6
     card = json.loads((tmp_path / "run/cifar10.json").read_text())
     assert card["data"] == "CIFAR-10" and load_unet(tmp_path / "run/cifar10.safetensors").num_classes == 10
 

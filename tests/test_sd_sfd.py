@@ -15,6 +15,7 @@ import sd_sfd
 from concepts import contains
 from run import Run, parse
 from sd_sfd import Config, fake_score_loss, generator_loss, one_step, read_concept, total, train
+from stable_diffusion import load_stable_diffusion
 from unet import UNet, VPSchedule, load_unet
 
 SCHEDULE = VPSchedule.scaled_linear()
@@ -375,3 +376,82 @@ def test_a_step_at_stable_diffusions_size_fits_into_24_gib(tmp_path, request):
     assert all(np.isfinite(run.curves[name]).all() for name in ("loss_psi", "loss_theta"))
     unit = 1 if sys.platform == "darwin" else 1024
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit < 24 * 2**30
+
+
+def test_what_each_update_is_given(tmp_path, unet, monkeypatch):
+    psi, theta = [], []
+    monkeypatch.setattr(sd_sfd, "fake_score_loss", lambda *args: psi.append(args) or fake_score_loss(*args))
+    monkeypatch.setattr(sd_sfd, "generator_loss", lambda *args: theta.append(args) or generator_loss(*args))
+    go(tmp_path, unet, steps=1, batch_size=40, forget_batch_size=20, t_min=300, t_max=303, alpha=1.3,
+       k_train=1.25, k_fake=2.0, k_teacher=3.0)
+    [(_, x_psi, t_psi, _, _, _, _, k1)], [(_, _, x_g, t, *_, alpha, k4, k2)] = psi, theta
+    assert x_g.requires_grad and not x_psi.requires_grad
+    assert set(t.tolist()) == set(t_psi.tolist()) == {300, 301, 302}
+    assert (k1, k2, k4, alpha) == (1.25, 2.0, 3.0, 1.3)
+
+
+def test_rates_clipping_and_the_weight_average(tmp_path, unet, monkeypatch):
+    thetas, clips, log, update = [], [], Run.log, Run.update
+
+    def spy_on_log(run, **numbers):
+        thetas.append(copy.deepcopy(run.state["generator"].state_dict()))
+        log(run, **numbers)
+
+    monkeypatch.setattr(Run, "log", spy_on_log)
+    monkeypatch.setattr(Run, "update", lambda run, name, *rest: clips.append((name, rest[-1])) or update(run, name, *rest))
+    words = dict(lr_generator=1e-3, lr_fake_score=4e-3, lr_end=0.5, adam_eps=1e-6, clip_value=0.7, ema=0.75)
+    (average, _), run = go(tmp_path, unet, **words)
+    assert clips == [("loss_psi", 0.7), ("loss_theta", 0.7)] * 2
+    for name, lr in (("psi", 4e-3), ("theta", 1e-3)):
+        [group] = run.state[f"optimizer_{name}"].param_groups
+        assert (group["initial_lr"], group["lr"], group["eps"]) == pytest.approx((lr, lr / 2, 1e-6))
+        assert group["betas"] == (0.0, 0.999)
+    for k, v in average.state_dict().items():
+        torch.testing.assert_close(v, 0.75 * thetas[0][k] + 0.25 * thetas[1][k], rtol=0, atol=1e-6)
+
+
+def test_processes_and_parts_share_a_step(tmp_path, unet, monkeypatch):
+    """Two processes of which this is one, two parts each: sizes of batches, and losses that add up to a mean."""
+    calls, make = [], Run.__init__
+
+    class Parallel(torch.nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x, t, c):
+            calls.append((self.network, len(x)))
+            return self.network(x, t, c)
+
+    monkeypatch.setattr(Run, "__init__", lambda run, *rest: make(run, *rest) or setattr(run, "world", 2))
+    monkeypatch.setattr(Run, "parallel", lambda run, network: Parallel(network))
+    monkeypatch.setattr(Run, "any_process", lambda run, flag: bool(flag))
+    monkeypatch.setattr(Run, "save", lambda run, path: None)
+    monkeypatch.setattr(sd_sfd, "total", lambda loss, *rest: 0 * total(loss, *rest) + 3)
+    _, run = go(tmp_path, unet, steps=1, batch_size=8, forget_batch_size=4, accumulate=2)
+    assert run.curves == {"loss_psi": [3.0], "loss_theta": [3.0]}
+    assert calls == [(run.state["fake_score"], 6)] * 2 + [(run.state["generator"], 3)] * 2  # guidance doubles psi's
+
+
+@torch.no_grad()
+def test_the_command_hands_every_prompt_to_its_place(sd_folder, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(sd_sfd, "train", torch.enable_grad()(lambda *args: given.append(args[4]) or train(*args)))
+    words = words_for(sd_folder, "out", "--steps 0").replace("--override eight", "--mode negative")
+    assert inside(words, tmp_path).returncode == 0
+    sd, file = load_stable_diffusion(sd_folder), str(sd_folder.parent / "prompts.txt")
+    concept = read_concept(Config(sd=str(sd_folder), retain_prompts=file, forget="three", mode="negative"))
+    retained, forget, safe, negative = concept
+    for ours, texts in zip(given[0], (retained, forget, safe, [negative], [""])):
+        torch.testing.assert_close(ours, sd.embed(texts))
+
+
+def test_two_stages_start_from_the_files_of_plain_distillation(sd_folder, tmp_path):
+    done = inside(words_for(sd_folder, "first").replace("--forget three --override eight", "--forget none"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    init = "--steps 0 --init-generator first/generator.safetensors --init-fake-score first/fake_score.safetensors"
+    done = inside(words_for(sd_folder, "second", init), tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("generator", "fake_score"):
+        first, second = (load_unet(tmp_path / d / f"{name}.safetensors").state_dict() for d in ("first", "second"))
+        assert all(torch.equal(first[k], v) for k, v in second.items()), name

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import types
 
 import pytest
 import torch
@@ -116,3 +117,22 @@ def test_the_guided_sampler_asks_the_network_that_it_is_given(monkeypatch):
     [(unet, schedule, asked, steps, words)] = seen
     assert unet is other and schedule is sd.schedule and asked is c and steps == 7
     assert words["guidance"] == 2.0 and words["x0_clip"] is False and torch.equal(words["null"], sd.embed([""]))
+
+
+def test_each_latent_is_trained_under_a_prompt_of_its_pair_or_none(tmp_path, data, monkeypatch):  # noqa: F811
+    """Stand-in pictures say in two numbers which digit and which colour they are of."""
+    config, run = run_of(tmp_path, "a", data, batch_size=1000)
+    digits = torch.arange(40) % 10
+    monkeypatch.setattr(tiny_sd, "mnist", lambda folder, train: (digits.float().view(40, 1, 1, 1), digits))
+    monkeypatch.setattr(tiny_sd, "paint", lambda digits, colours: torch.cat([digits, colours.view(-1, 1, 1, 1).float()], 1))
+    vae = types.SimpleNamespace(scaling_factor=2.0, encode=lambda x: (x, torch.full_like(x, -60.0)))
+    schedule = types.SimpleNamespace(T=1000, add_noise=lambda x0, noise, t: x0)
+    tokenizer, seen = tiny_sd.word_tokenizer(every_prompt(), tiny_sd.MAX_LENGTH), []
+    loss = tiny_sd.latent_loss(config, run, vae, tokenizer, schedule)(
+        lambda tokens: tokens, lambda x, t, text: seen.append((x, text)) or torch.zeros_like(x))
+    [(x0, text)] = seen
+    digit, colour = (x0 / 2).flatten(1).round().long().T
+    none, prompts = (text == tokenizer([""])[0]).all(1), tokenizer(every_prompt()).view(60, 12, -1)
+    asked = (text[:, None] == prompts[digit * 6 + colour]).all(2).any(1)
+    assert (none ^ asked).all() and 0.07 < none.float().mean() < 0.13
+    assert abs(loss.item() - 1) < 0.2  # of no prediction at all: the noise's own square

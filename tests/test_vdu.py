@@ -4,11 +4,12 @@ import copy
 import functools
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, inside, python, random_unet, write_cifar10, write_mnist
+from conftest import ROOT, SMALL_TEXT, inside, python, random_unet, write_cifar10, write_mnist
 from test_convert import CIFAR10, peer
 from torchvision.io import write_png
 
@@ -17,6 +18,7 @@ import vdu
 from concepts import ConceptJudge
 from features import load_classifier, look
 from run import Run, checksum, parse
+from samples import unconditional_sampler
 from stable_diffusion import load_stable_diffusion
 from unet import VPSchedule, load_unet, save_unet, write_tensors
 from vdu import (
@@ -661,3 +663,81 @@ def test_features_are_drawn_by_the_model_itself_where_nobody_brings_pictures():
     assert len(set(names)) == 3
     _, _, colours = ConceptJudge()(pictures)
     assert colours.tolist() == [0, 0, 0]  # red
+
+
+def test_the_pictures_are_before_and_after_from_the_same_noise(tmp_path, monkeypatch):
+    shown, draw = {}, vdu.generate
+    monkeypatch.setattr(vdu, "image_grid", lambda images, labels, path, *rest: shown.update({path.stem: images}))
+    monkeypatch.setattr(vdu, "generate", lambda sample, n, *rest: draw(sample, 4, *rest))  # in place of a hundred
+    write_mnist(tmp_path / "data", np.full((10, 28, 28), 9, np.uint8), np.arange(10, dtype=np.uint8))
+    done = inside("vdu.py --forget 1 --data data --steps 2 --lr 20 --batch-size 32 --classifier none --amp off "
+                  "--device cpu --out run", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name, file in (("before", "mnist-unconditional"), ("after", tmp_path / "run/unlearned.safetensors")):
+        expected, _ = draw(unconditional_sampler(load_unet(file), SCHEDULE), 4, (1, 28, 28), 0, "cpu")
+        assert torch.equal(shown[f"samples_{name}"], expected), name
+    assert not torch.equal(*shown.values())
+
+
+def test_what_the_loop_draws_and_what_it_is_weighed_with(tmp_path, monkeypatch):
+    """Each latent goes with its own text, t lies in its range; --covariance identity: one width, the mean, for all."""
+    drawn, widths, inducer, natural = [], [], vdu.plasticity_inducer, vdu.NaturalGradient
+
+    def spy(unet, x0, t, noise, schedule, c, *rest):
+        drawn.append((x0[:, 0, 0, 0], c[:, 0, 0], t if torch.is_grad_enabled() else t[:0]))
+        return inducer(unet, x0, t, noise, schedule, c, *rest)
+
+    monkeypatch.setattr(vdu, "plasticity_inducer", spy)
+    monkeypatch.setattr(vdu, "NaturalGradient", lambda theta, v, lr: widths.extend(v) or natural(theta, v, lr))
+    unet, n = random_unet(**SMALL_TEXT), torch.arange(6.0)
+    variance = {k: torch.rand_like(p) for k, p in unet.named_parameters()}
+    config = Config(steps=1, t_min=300, t_max=303, stop_at=0.0, covariance="identity", amp="off", device="cpu",
+                    out=str(tmp_path / "run"))
+    latents, texts = n.view(6, 1, 1, 1).expand(6, 4, 4, 4), n.view(6, 1, 1).expand(6, 5, 12)
+    train(config, Run(config, ""), unet, variance, latents, SCHEDULE, texts)
+    assert all(torch.equal(x, c) for x, c, _ in drawn)
+    assert set(torch.cat([t for *_, t in drawn]).tolist()) == {300, 301, 302}
+    mean = torch.cat([v.flatten() for v in variance.values()]).mean()
+    assert widths and all(torch.allclose(v, mean) for v in widths)
+
+
+def test_when_another_process_has_enough_this_one_ends_too(tmp_path, monkeypatch):
+    asked, any_process = [], Run.any_process
+
+    def another_has_enough(run, flag):
+        if isinstance(flag, list):  # the loop's own question, whether there was a Ctrl-C
+            return any_process(run, flag)
+        asked.append(bool(flag))
+        return True
+
+    monkeypatch.setattr(Run, "any_process", another_has_enough)
+    run, _, _ = run_of(tmp_path, "run", gamma=0.0, stop_at=100.0)
+    assert run.step == 1 and asked == [False]
+
+
+def test_the_latents_that_are_unlearned_are_scaled(sd_folder, tmp_path, monkeypatch):
+    shutil.copytree(sd_folder, tmp_path / "sd")
+    file, given = tmp_path / "sd/vae/config.json", []
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"scaling_factor": 0.5}))
+    sd, pictures = load_stable_diffusion(tmp_path / "sd"), torch.rand(2, 3, 16, 16) * 2 - 1
+    variance = {k: torch.ones_like(p) for k, p in sd.unet.state_dict().items()}
+    write_tensors(tmp_path / "p.safetensors", "posterior", variance)
+    monkeypatch.setattr(vdu, "undesired_pictures", lambda *_: (pictures, ["red", "a red three"], "here"))
+    monkeypatch.setattr(vdu, "train", lambda *args: given.append(args[4:]) or train(*args))
+    done = inside("vdu.py --sd sd --forget red --posterior p.safetensors --steps 0 --device cpu --amp off --out out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    [(latents, schedule, texts)] = given
+    torch.testing.assert_close(latents, sd.vae.latents(pictures).detach())
+    torch.testing.assert_close(texts, sd.embed(["red", "a red three"]).detach())
+    assert torch.equal(schedule.betas, sd.schedule.betas)
+
+
+def test_natural_gradient_goes_along_the_running_mean_of_the_gradients():
+    theta, places = torch.nn.Parameter(torch.zeros(2)), []
+    optimizer = vdu.NaturalGradient([theta], [torch.ones(2)], lr=1.0)
+    for gradient in ([1.0, 0.0], [0.0, 1.0]):
+        theta.grad = torch.tensor(gradient)
+        optimizer.step()
+        places.append(theta.detach().clone())
+    mean = torch.tensor([0.09, 0.1])  # 0.9 times a tenth of the first, and a tenth of the second
+    torch.testing.assert_close(places[1] - places[0], -mean / mean.norm())
