@@ -82,8 +82,8 @@ def all_classes():
     return lines
 
 
-SFD_SETTINGS = ("ddpm_sfd-mnist", "ddpm_sfd-mnist-lambda-theta-0.5", "ddpm_sfd-mnist-long", "ddpm_sfd-mnist-lambda-0.5",
-                "ddpm_sfd-mnist-960-steps", "ddpm_sfd-mnist-t-max-600", "ddpm_sfd-mnist-unguided")
+SFD_SETTINGS = ("ddpm_sfd-mnist", "ddpm_sfd-mnist-lambda-theta-0.5", "ddpm_sfd-mnist-long",
+                "ddpm_sfd-mnist-long-lambda-0.5", "ddpm_sfd-mnist-lambda-0.5", "ddpm_sfd-mnist-960-steps", "ddpm_sfd-mnist-t-max-600", "ddpm_sfd-mnist-unguided")
 
 
 def sfd_settings():
