@@ -83,7 +83,8 @@ def all_classes():
 
 
 SFD_SETTINGS = ("ddpm_sfd-mnist", "ddpm_sfd-mnist-lambda-theta-0.5", "ddpm_sfd-mnist-long",
-                "ddpm_sfd-mnist-long-lambda-0.5", "ddpm_sfd-mnist-lambda-0.5", "ddpm_sfd-mnist-960-steps", "ddpm_sfd-mnist-t-max-600", "ddpm_sfd-mnist-unguided")
+                "ddpm_sfd-mnist-long-lambda-0.5", "ddpm_sfd-mnist-lambda-0.5", "ddpm_sfd-mnist-960-steps",
+                "ddpm_sfd-mnist-t-max-600", "ddpm_sfd-mnist-unguided")
 
 
 def sfd_settings():
@@ -141,7 +142,8 @@ def vdu():
     lines += [
         "",
         f"{seeds(runs).capitalize()}; gamma {config['gamma']}, batches of {config['batch_size']}, end at growth "
-        f"{config['stop_at']}; {first['images']:,} images each, from the same noise before and after; {where(runs)}. FID of the teacher's retained images: "
+        f"{config['stop_at']}; {first['images']:,} images each, from the same noise before and after; {where(runs)}. "
+        f"FID of the teacher's retained images: "
         f"{min(r['teacher_fid'] for r in runs):.3f} to {max(r['teacher_fid'] for r in runs):.3f}; u-FID of all its images: "
         f"{min(r['teacher_u_fid'] for r in runs):.3f} to {max(r['teacher_u_fid'] for r in runs):.3f}. "
         f"Made by `python results/all_classes.py vdu --seeds {' '.join(map(str, sorted({r['seed'] for r in runs})))}`, "
