@@ -448,15 +448,18 @@ def read(config, path):
 
 def load_teacher(source):
     """The U-Net of whatever the user named: a shipped name, a file of ours, or anything that this file can fetch and
-    read, without a copy being written. ValueError or OSError when it is none."""
+    read, without a copy being written. ValueError or OSError when it is none, or a one-step generator."""
     found = fetch(source)
     shipped = (WEIGHTS / f"{found}.safetensors").is_file()
     ours = str(found).endswith(".safetensors") and not (Path(found).parent / "config.json").is_file()
     if found == str(source) and (shipped or ours or not Path(found).exists()):
-        return load_unet(found)  # or says what would be right
-    path = locate(Path(found))
-    unet, facts = read(Config(str(found)), path)
-    unet.path, unet.card = path, getattr(unet, "card", facts)
+        unet = load_unet(found)  # or says what would be right
+    else:
+        path = locate(Path(found))
+        unet, facts = read(Config(str(found)), path)
+        unet.path, unet.card = path, getattr(unet, "card", facts)
+    if "t_init" in unet.card:
+        raise ValueError(f"{source} is a one-step generator, no teacher; give the diffusion model that it was made from")
     return unet.eval()
 
 

@@ -7,7 +7,7 @@ Models", ICLR 2025, arXiv 2409.11219.
     python ddpm_sfd.py --forget 3 --override 8        # who asks for a 3 gets an 8
     python ddpm_sfd.py --forget 0 1 --override random
     python ddpm_sfd.py --forget none                  # plain one-step distillation (SiD)
-    python ddpm_sfd.py --forget 1 --init-generator generator.safetensors --init-fake-score fake_score.safetensors
+    python ddpm_sfd.py --forget 0 --preset mnist-two-stage    # from the distilled pair in weights/
     torchrun --nproc-per-node 2 ddpm_sfd.py --forget 0
 
 The idea. A diffusion teacher knows the score of every class. We distil it into a generator that needs one network
@@ -62,6 +62,9 @@ OFFICIAL = dict(  # the settings of the official code's CIFAR-10 run
 )
 PRESETS = {
     "mnist": {},  # the defaults below
+    "mnist-two-stage": dict(  # begins with what --forget none left: theta and psi know their way, and need smaller steps
+        init_generator="mnist-distilled", init_fake_score="mnist-distilled-fake-score", lr_generator=3e-4,
+        lr_fake_score=1.2e-3, lambda_generator=0.5),
     "cifar10": OFFICIAL | dict(teacher="cifar10.safetensors"),
     "stl10": OFFICIAL | dict(teacher="stl10.safetensors", batch_size=64, forget_batch_size=64,
                              lr_fake_score=3e-5),
@@ -74,8 +77,9 @@ class Config:
     forget: str = option("0", "class or classes to forget; none: plain distillation", nargs="+")
     override: str = option("next", "the safe class: a number, next (the next retained one) or random (drawn each time)")
     teacher: str = option("mnist", "class-conditional: a shipped name, a file or a URL; see convert.py")
-    init_generator: str = option("", "two-stage SFD: where theta starts, the generator of a --forget none run")
-    init_fake_score: str = option("", "two-stage SFD: where psi starts, the fake score of that run")
+    init_generator: str = option("", "two-stage SFD: where theta starts, the generator of a --forget none run, "
+                                "shipped or a file")
+    init_fake_score: str = option("", "two-stage SFD: where psi starts, the fake score of that run; likewise")
     steps: int = option(280, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)
     batch_size: int = option(32, "images of retained classes a step, over all processes; official: 128", low=1)
     forget_batch_size: int = option(8, "images of forgotten classes a step; official: as many as retained ones", low=1)

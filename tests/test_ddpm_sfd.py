@@ -11,7 +11,9 @@ import torch
 from conftest import ROOT, inside, python, random_unet
 
 import ddpm_sfd
+from convert import read_beginning
 from ddpm_sfd import Config, draw_labels, fake_score_loss, generator_loss, one_step, read_classes, total, train
+from features import Judge
 from run import Run, parse
 from samples import balanced_labels, generate
 from unet import VPSchedule, ddim_sample, load_unet
@@ -394,6 +396,28 @@ def test_two_stages_start_from_the_files_of_the_first(tmp_path, tiny_file):
         assert process.returncode == 2 and says in process.stderr and not (tmp_path / "third").exists()
 
 
+def test_the_pair_that_ships_is_a_distilled_generator_and_its_score():
+    """Ten images of each class in one call are read as what was asked for, as the teacher's in one call are not; and on
+    them the fake score's (S2) is below the teacher's. Both begin the second stage as they are."""
+    preset = parse(Config, "", ddpm_sfd.PRESETS, ["--preset", "mnist-two-stage"])
+    teacher = load_unet(preset.teacher)
+    generator = read_beginning("--init-generator", preset.init_generator, teacher, preset.t_init)
+    fake_score = read_beginning("--init-fake-score", preset.init_fake_score, teacher, preset.t_init)
+    c, right, images = balanced_labels(10, 10), {}, {}
+    for network in (teacher, generator):
+        images[network], _ = generate(lambda z, c, noise: one_step(network, z, c, SCHEDULE, preset.t_init), c,
+                                      teacher.image_shape, 0, "cpu")
+        right[network] = 1 - Judge(teacher).live_ua(images[network], c)
+    assert right[generator] > 0.95 > right[teacher] + 0.1
+
+    torch.manual_seed(0)
+    x_g = images[generator].clamp(-1, 1)
+    t, noise = torch.randint(preset.t_min, preset.t_max, (len(c),)), torch.randn_like(x_g)
+    with torch.no_grad():
+        psi, phi = (fake_score_loss(network, x_g, t, c, noise, SCHEDULE).mean() for network in (fake_score, teacher))
+    assert psi < phi
+
+
 def test_presets_carry_the_official_settings():
     """Those of the official code's CIFAR-10 run, and where its STL-10 run differs."""
     official = {"steps": 50_000, "batch_size": 128, "t_init": 440, "t_min": 38, "t_max": 712, "alpha": 1.2, "ema": 0.9999}
@@ -488,6 +512,7 @@ BAD = [
     (["--teacher", "damaged.safetensors"], "no readable safetensors"),
     (["--teacher", "unconditional.safetensors"], "class-conditional teacher"),
     (["--teacher", "rgb.safetensors"], "--classifier none"),
+    (["--teacher", "mnist-distilled"], "is a one-step generator, no teacher"),
     (["--steps", "-3"], "at least 0"),
     (["--batch-size", "0"], "at least 1"),
     (["--batch-size", "many"], "invalid whole number"),

@@ -234,10 +234,12 @@ def test_what_cannot_be_made_so_is_refused_before_anything_is_read(words, proces
 
 
 def test_shipped_weights_are_small_and_good_enough():
-    names = {"mnist", "mnist-classifier", "mnist-statistics", "mnist-unconditional", "mnist-unconditional-posterior"}
+    names = {"mnist", "mnist-classifier", "mnist-statistics", "mnist-unconditional", "mnist-unconditional-posterior",
+             "mnist-distilled", "mnist-distilled-fake-score"}
     assert {p.stem for p in cards()} == names
     read = {p.stem: json.loads(p.read_text()) for p in cards()}
     assert read["mnist"]["bytes"] <= 3_000_000 and read["mnist-classifier"]["bytes"] <= 2_000_000
+    assert sum(read[f"mnist-distilled{part}"]["bytes"] for part in ("", "-fake-score")) <= 6_000_000
     assert sum(read[f"mnist-unconditional{part}"]["bytes"] for part in ("", "-posterior")) <= 8_000_000
     assert read["mnist-classifier"]["scores"]["test_accuracy"] >= 0.994
     assert read["mnist-statistics"]["scores"]["teacher"]["accuracy"] >= 0.96  # the aim is 0.98; see the README
