@@ -459,7 +459,7 @@ def load_teacher(source):
         unet, facts = read(Config(str(found)), path)
         unet.path, unet.card = path, getattr(unet, "card", facts)
     if "t_init" in unet.card:
-        raise ValueError(f"{source} is a one-step generator, no teacher; give the diffusion model that it was made from")
+        raise ValueError(f"{source} is a one-step generator, no teacher; give the diffusion model that it is made from")
     return unet.eval()
 
 

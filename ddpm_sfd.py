@@ -62,7 +62,7 @@ OFFICIAL = dict(  # the settings of the official code's CIFAR-10 run
 )
 PRESETS = {
     "mnist": {},  # the defaults below
-    "mnist-two-stage": dict(  # begins with what --forget none left: theta and psi know their way, and need smaller steps
+    "mnist-two-stage": dict(  # begins with what --forget none left, weights/mnist-distilled: smaller steps will do
         init_generator="mnist-distilled", init_fake_score="mnist-distilled-fake-score", lr_generator=3e-4,
         lr_fake_score=1.2e-3, lambda_generator=0.5),
     "cifar10": OFFICIAL | dict(teacher="cifar10.safetensors"),

@@ -82,7 +82,7 @@ def all_classes():
     return lines
 
 
-SFD_SETTINGS = ("ddpm_sfd-mnist", "ddpm_sfd-mnist-lambda-theta-0.5", "ddpm_sfd-mnist-long",
+SFD_SETTINGS = ("ddpm_sfd-mnist", "ddpm_sfd-mnist-two-stage", "ddpm_sfd-mnist-lambda-theta-0.5", "ddpm_sfd-mnist-long",
                 "ddpm_sfd-mnist-long-lambda-0.5", "ddpm_sfd-mnist-lambda-0.5", "ddpm_sfd-mnist-960-steps",
                 "ddpm_sfd-mnist-t-max-600", "ddpm_sfd-mnist-unguided")
 
@@ -90,10 +90,11 @@ SFD_SETTINGS = ("ddpm_sfd-mnist", "ddpm_sfd-mnist-lambda-theta-0.5", "ddpm_sfd-m
 def sfd_settings():
     """One row a folder of runs, the present settings first: how many runs reach each aim, and by how much."""
     lines = [
-        "| steps | lambda, theta and psi | t | guidance | rates down to | weight average | precision | runs "
+        "| begins with | steps | lambda, theta and psi | t | guidance | rates, theta and psi | down to | weight average "
+        "| precision | runs "
         "| UA at least 99.5% (worst) | accuracy not below the teacher's | FID at most 1.1 times the teacher's "
         "| all three | FID over the teacher's (worst) |",
-        "|---" * 13 + "|",
+        "|---" * 15 + "|",
     ]
     for folder in SFD_SETTINGS:
         runs = read(folder)
@@ -103,9 +104,11 @@ def sfd_settings():
                    for run, ratio in zip(runs, ratios)]
         ua, accuracy, fid = (sum(column) for column in zip(*reached))
         lines.append(
-            f"| {config['steps']} | {config['lambda_generator']:g}, {config['lambda_fake_score']:g} "
+            f"| {'the distilled pair' if config['init_generator'] else 'the teacher'} | {config['steps']} "
+            f"| {config['lambda_generator']:g}, {config['lambda_fake_score']:g} "
             f"| {config['t_min']} to {config['t_max'] - 1} | {config['guidance']:g}, {config['guidance_safe']:g} "
-            f"| {config['lr_end']:g} | {config['ema']:g} | {runs[0]['amp']} | {len(runs)} "
+            f"| {config['lr_generator']:g}, {config['lr_fake_score']:g} | {config['lr_end']:g} | {config['ema']:g} "
+            f"| {runs[0]['amp']} | {len(runs)} "
             f"| {ua} ({100 * min(run['ua'] for run in runs):.1f}%) | {accuracy} | {fid} | {sum(map(all, reached))} "
             f"| {spread(ratios, '{:.2f}')} ({max(ratios):.2f}) |")
     return lines
@@ -218,7 +221,7 @@ def concepts():
     return lines
 
 
-def two_stage():
+def one_stage_or_two():
     """One row a way: mean and standard deviation over seeds."""
     lines = ["| forgetting 0 | UA, % | retained accuracy, % | FID |", "|---|---|---|---|"]
     for way, name in (("one-stage", "one stage, {} steps"), ("two-stage", "distilled first, as many steps in all")):
@@ -286,9 +289,9 @@ def sampling():
 
 
 PAGES = {
-    HERE.parent / "README.md": {"all-classes": all_classes, "concepts": concepts, "vdu": vdu, "two-stage": two_stage,
-                                "step-time": step_time, "sampling": sampling},
-    HERE / "README.md": {"sfd-settings": sfd_settings, "vdu-settings": vdu_settings},
+    HERE.parent / "README.md": {"all-classes": all_classes, "concepts": concepts, "vdu": vdu, "step-time": step_time,
+                                "sampling": sampling},
+    HERE / "README.md": {"sfd-settings": sfd_settings, "one-stage-or-two": one_stage_or_two, "vdu-settings": vdu_settings},
 }
 
 
