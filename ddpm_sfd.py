@@ -77,9 +77,9 @@ class Config:
     forget: str = option("0", "class or classes to forget; none: plain distillation", nargs="+")
     override: str = option("next", "the safe class: a number, next (the next retained one) or random (drawn each time)")
     teacher: str = option("mnist", "class-conditional: a shipped name, a file or a URL; see convert.py")
-    init_generator: str = option("", "two-stage SFD: where theta starts, the generator of a --forget none run, "
-                                "shipped or a file")
-    init_fake_score: str = option("", "two-stage SFD: where psi starts, the fake score of that run; likewise")
+    init_generator: str = option("", "two-stage SFD: where theta starts, the generator of a --forget none run; "
+                                "a shipped name or a file")
+    init_fake_score: str = option("", "two-stage SFD: where psi starts, the fake score of that run")
     steps: int = option(280, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)
     batch_size: int = option(32, "images of retained classes a step, over all processes; official: 128", low=1)
     forget_batch_size: int = option(8, "images of forgotten classes a step; official: as many as retained ones", low=1)

@@ -291,7 +291,8 @@ def sampling():
 PAGES = {
     HERE.parent / "README.md": {"all-classes": all_classes, "concepts": concepts, "vdu": vdu, "step-time": step_time,
                                 "sampling": sampling},
-    HERE / "README.md": {"sfd-settings": sfd_settings, "one-stage-or-two": one_stage_or_two, "vdu-settings": vdu_settings},
+    HERE / "README.md": {"sfd-settings": sfd_settings, "one-stage-or-two": one_stage_or_two,
+                         "vdu-settings": vdu_settings},
 }
 
 
