@@ -64,7 +64,7 @@ PRESETS = {
     "mnist": {},  # the defaults below
     "mnist-two-stage": dict(  # begins with what --forget none left, weights/mnist-distilled: smaller steps will do
         init_generator="mnist-distilled", init_fake_score="mnist-distilled-fake-score", lr_generator=3e-4,
-        lr_fake_score=1.2e-3, lambda_generator=0.5, clip_images="hard"),
+        lr_fake_score=1.2e-3, lambda_generator=0.5),
     "cifar10": OFFICIAL | dict(teacher="cifar10.safetensors"),
     "stl10": OFFICIAL | dict(teacher="stl10.safetensors", batch_size=64, forget_batch_size=64,
                              lr_fake_score=3e-5),
@@ -98,9 +98,8 @@ class Config:
     t_max: int = option(712, "the step before which t ends in (S2) and (S3); official: 712", low=1, high=1000)
     ema: float = option(0.98, "decay of theta's weight average, the result; official: 0.9999", low=0, high=1)
     clip_value: float = option(1.0, "each gradient entry is clipped to +-this; 0: not; official: 1", low=0)
-    clip_images: str = option("straight", "clip x_g to [-1, 1] before the scores see it, as it is before anyone looks "
-                              "at it; straight: gradients pass all the same; hard: they end where it clips; our choice; "
-                              "official: off", choices=["straight", "hard", "off"])
+    clip_images: str = option("on", "clip x_g to [-1, 1] before the scores see it, as it is before anyone looks at it; "
+                              "our choice; official: off", choices=["on", "off"])
     amp: str = option("auto", "mixed precision; auto: bf16 where it is native, else fp16 on a GPU, none on a CPU",
                       choices=["auto", "bf16", "fp16", "off"])
     compile: bool = option(False, "torch.compile the networks: minutes at the start, then faster steps on a GPU")
@@ -230,9 +229,8 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
         generator.train()
         with run.autocast():
             x_g = one_step(parallel_generator, z, c, schedule, config.t_init)  # (S1)
-        if config.clip_images != "off":  # what lies beyond black is black: grain in a background ends there, at no cost
-            clipped = x_g.clamp(-1, 1)  # straight through, for with a hard clip six pixels in seven stand still
-            x_g = clipped if config.clip_images == "hard" else x_g + (clipped - x_g).detach()
+        if config.clip_images == "on":  # what lies beyond black is black: grain in a background ends there, at no cost
+            x_g = x_g.clamp(-1, 1)
 
         # 1. the fake score learns the generator's distribution
         fake_score.train().requires_grad_(True)

@@ -324,8 +324,8 @@ def test_the_teacher_is_asked_with_guidance_and_the_fake_score_without(tmp_path,
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-2)
 
 
-@pytest.mark.parametrize("clip", ["straight", "hard", "off"])
-def test_the_scores_see_clipped_images_and_only_a_hard_clip_ends_gradients(tmp_path, tiny, monkeypatch, clip):
+@pytest.mark.parametrize("clip", ["on", "off"])
+def test_the_scores_see_clipped_images_and_clipped_pixels_feel_no_push(tmp_path, tiny, monkeypatch, clip):
     seen = []
 
     def spy(teacher, fake_score, x_g, *rest):
@@ -347,10 +347,10 @@ def test_the_scores_see_clipped_images_and_only_a_hard_clip_ends_gradients(tmp_p
     train(config, Run(config, ""), tiny, SCHEDULE, read_classes(config, 10))
     [raw], [x_g] = drawn, seen
     assert raw.abs().max() > 1  # an untrained generator's
-    assert torch.equal(x_g, raw) if clip == "off" else torch.allclose(x_g, raw.clamp(-1, 1), atol=1e-6)
+    assert torch.equal(x_g, raw.clamp(-1, 1) if clip == "on" else raw)
     beyond = raw.detach().abs() > 1
-    assert (x_g.grad[beyond] != 0).any()
-    assert torch.equal(raw.grad, torch.where(beyond, 0, x_g.grad) if clip == "hard" else x_g.grad)
+    assert (raw.grad[~beyond] != 0).any()
+    assert (raw.grad[beyond] == 0).all() == (clip == "on")
 
 
 def test_zero_steps_change_no_bit(tmp_path, tiny):
