@@ -212,7 +212,9 @@ class UNet(nn.Module):
         super().__init__()
         if num_classes is not None and text_dim is not None:
             raise ValueError("a U-Net is told a class or a text, not both: give num_classes or text_dim")
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.config = dict(image_size=image_size, in_channels=in_channels, channels=channels, multipliers=multipliers,
+                           blocks=blocks, attention_at=attention_at, num_classes=num_classes, text_dim=text_dim,
+                           heads=heads, dropout=dropout, groups=groups)
         self.image_shape = (in_channels, image_size, image_size)
         self.num_classes = self.null_label = num_classes
         self.text_dim = text_dim
