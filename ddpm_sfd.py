@@ -64,7 +64,7 @@ PRESETS = {
     "mnist": {},  # the defaults below
     "mnist-two-stage": dict(  # begins with what --forget none left, weights/mnist-distilled: smaller steps will do
         init_generator="mnist-distilled", init_fake_score="mnist-distilled-fake-score", lr_generator=3e-4,
-        lr_fake_score=1.2e-3, lambda_generator=0.5),
+        lr_fake_score=1.2e-3, lambda_generator=0.5, alpha=1.0, guidance=1.1),
     "cifar10": OFFICIAL | dict(teacher="cifar10.safetensors"),
     "stl10": OFFICIAL | dict(teacher="stl10.safetensors", batch_size=64, forget_batch_size=64,
                              lr_fake_score=3e-5),
