@@ -46,9 +46,11 @@ def spread(values, form):
     return form.format(mean(values)) + (f" ± {form.format(stdev(values))}" if len(values) > 1 else "")
 
 
-def all_classes():
-    """One row a forgotten class: mean and standard deviation over seeds, the worst seed beside it."""
-    runs = read("ddpm_sfd-mnist")
+def all_classes(folder="ddpm_sfd-mnist", flags=""):
+    """One row a forgotten class: mean and standard deviation over seeds, the worst seed beside it.
+
+    folder: of runs that `results/all_classes.py ddpm_sfd` made with these flags."""
+    runs = read(folder)
     lines = [
         "| forgotten | UA, % (worst) | retained accuracy, % (worst) | teacher's | FID (worst) | teacher's | worst ratio "
         "| seconds |",
@@ -73,44 +75,73 @@ def all_classes():
     lines += [
         "",
         f"{seeds(runs).capitalize()}; {first['images_per_class']} images of each class; {config['steps']} steps, "
-        f"lambda {config['lambda_generator']:g} for theta and {config['lambda_fake_score']:g} for psi, t from "
+        f"alpha {config['alpha']:g}, lambda {config['lambda_generator']:g} for theta and {config['lambda_fake_score']:g} for psi, t from "
         f"{config['t_min']} to below {config['t_max']}, guidance {config['guidance']:g} ({config['guidance_safe']:g} towards "
         f"the safe class); {where(runs)}; FID of real test images, for scale: "
         f"{first['real_test_fid']:.4f} without class {first['forget'][0]}. "
-        f"Made by `python results/all_classes.py ddpm_sfd`, raw numbers in `results/ddpm_sfd-mnist/`.",
+        f"Made by `python results/all_classes.py ddpm_sfd{flags}`, raw numbers in `results/{folder}/`.",
     ]
     return lines
 
 
-SFD_SETTINGS = ("ddpm_sfd-mnist", "ddpm_sfd-mnist-two-stage", "ddpm_sfd-mnist-lambda-theta-0.5", "ddpm_sfd-mnist-long",
-                "ddpm_sfd-mnist-long-lambda-0.5", "ddpm_sfd-mnist-lambda-0.5", "ddpm_sfd-mnist-960-steps",
-                "ddpm_sfd-mnist-t-max-600", "ddpm_sfd-mnist-unguided")
+def two_stages():
+    return all_classes("ddpm_sfd-mnist-two-stage",
+                       " --into ddpm_sfd-mnist-two-stage --seeds 1 2 --preset mnist-two-stage")
+
+
+SFD_SETTINGS = ("ddpm_sfd-mnist", "ddpm_sfd-mnist-two-stage", "ddpm_sfd-mnist-two-stage-alpha-1.2",
+                "ddpm_sfd-mnist-lambda-theta-0.5", "ddpm_sfd-mnist-long", "ddpm_sfd-mnist-long-lambda-0.5",
+                "ddpm_sfd-mnist-lambda-0.5", "ddpm_sfd-mnist-960-steps", "ddpm_sfd-mnist-t-max-600",
+                "ddpm_sfd-mnist-unguided")
+
+
+def aims(runs):
+    """FID over the teacher's, a number a run; how many runs reach the aim of UA, of accuracy, of FID, and all three."""
+    ratios = [run["fid"] / run["teacher_fid"] for run in runs]
+    reached = [(run["ua"] >= 0.995, run["retained_accuracy"] >= run["teacher_retained_accuracy"], ratio <= 1.1)
+               for run, ratio in zip(runs, ratios)]
+    return ratios, *(sum(column) for column in zip(*reached)), sum(map(all, reached))
 
 
 def sfd_settings():
     """One row a folder of runs, the present settings first: how many runs reach each aim, and by how much."""
     lines = [
-        "| begins with | steps | lambda, theta and psi | t | guidance | rates, theta and psi | down to | weight average "
+        "| begins with | steps | alpha | lambda, theta and psi | t | guidance | rates, theta and psi | down to | weight average "
         "| precision | runs "
         "| UA at least 99.5% (worst) | accuracy not below the teacher's | FID at most 1.1 times the teacher's "
         "| all three | FID over the teacher's (worst) |",
-        "|---" * 15 + "|",
+        "|---" * 16 + "|",
     ]
     for folder in SFD_SETTINGS:
         runs = read(folder)
         config = {"guidance": 1, "guidance_safe": 1} | runs[0]["config"]  # runs from before these had none
-        ratios = [run["fid"] / run["teacher_fid"] for run in runs]
-        reached = [(run["ua"] >= 0.995, run["retained_accuracy"] >= run["teacher_retained_accuracy"], ratio <= 1.1)
-                   for run, ratio in zip(runs, ratios)]
-        ua, accuracy, fid = (sum(column) for column in zip(*reached))
+        ratios, ua, accuracy, fid, all_three = aims(runs)
         lines.append(
             f"| {'the distilled pair' if config['init_generator'] else 'the teacher'} | {config['steps']} "
-            f"| {config['lambda_generator']:g}, {config['lambda_fake_score']:g} "
+            f"| {config['alpha']:g} | {config['lambda_generator']:g}, {config['lambda_fake_score']:g} "
             f"| {config['t_min']} to {config['t_max'] - 1} | {config['guidance']:g}, {config['guidance_safe']:g} "
             f"| {config['lr_generator']:g}, {config['lr_fake_score']:g} | {config['lr_end']:g} | {config['ema']:g} "
             f"| {runs[0]['amp']} | {len(runs)} "
-            f"| {ua} ({100 * min(run['ua'] for run in runs):.1f}%) | {accuracy} | {fid} | {sum(map(all, reached))} "
+            f"| {ua} ({100 * min(run['ua'] for run in runs):.1f}%) | {accuracy} | {fid} | {all_three} "
             f"| {spread(ratios, '{:.2f}')} ({max(ratios):.2f}) |")
+    return lines
+
+
+def stages():
+    """From the teacher or in two stages, at equal digits and seeds: how many runs reach each aim, the mean and the worst."""
+    sets = {"two stages": "ddpm_sfd-mnist-two-stage", "two stages, as before": "ddpm_sfd-mnist-two-stage-alpha-1.2",
+            "from the teacher": "ddpm_sfd-mnist"}
+    sets = {name: read(folder) for name, folder in sets.items()}
+    common = set.intersection(*({(*run["forget"], run["seed"]) for run in runs} for runs in sets.values()))
+    lines = ["| | alpha | guidance | runs | UA at least 99.5% (mean, worst) | accuracy not below the teacher's (mean) "
+             "| FID at most 1.1 times the teacher's (mean, worst) | all three |", "|---" * 8 + "|"]
+    for name, runs in sets.items():
+        runs = [run for run in runs if (*run["forget"], run["seed"]) in common]
+        config, (ratios, ua, accuracy, fid, all_three) = runs[0]["config"], aims(runs)
+        uas, accuracies = [100 * run["ua"] for run in runs], [100 * run["retained_accuracy"] for run in runs]
+        lines.append(f"| {name} | {config['alpha']:g} | {config['guidance']:g} | {len(runs)} "
+                     f"| {ua} ({mean(uas):.1f}%, {min(uas):.1f}%) | {accuracy} ({mean(accuracies):.1f}%) "
+                     f"| {fid} ({mean(ratios):.2f}, {max(ratios):.2f}) | {all_three} |")
     return lines
 
 
@@ -289,10 +320,10 @@ def sampling():
 
 
 PAGES = {
-    HERE.parent / "README.md": {"all-classes": all_classes, "concepts": concepts, "vdu": vdu, "step-time": step_time,
-                                "sampling": sampling},
+    HERE.parent / "README.md": {"all-classes": all_classes, "two-stages": two_stages, "concepts": concepts, "vdu": vdu,
+                                "step-time": step_time, "sampling": sampling},
     HERE / "README.md": {"sfd-settings": sfd_settings, "one-stage-or-two": one_stage_or_two,
-                         "vdu-settings": vdu_settings},
+                         "stages": stages, "vdu-settings": vdu_settings},
 }
 
 
