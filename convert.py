@@ -463,18 +463,21 @@ def load_teacher(source):
     return unet.eval()
 
 
-def read_beginning(flag, source, teacher, t_init):
-    """Two-stage SFD: the network that theta or psi begins with; None: with the teacher. ValueError if it is not of the
-    teacher's configuration, for another t_init, or the other one of the two."""
-    if not source:
+def read_beginning(flag, source, teacher, name, t_init):
+    """Two-stage SFD: the network that theta or psi begins with; None: with the teacher, which has this name. ValueError
+    if it is not of its configuration, of another shipped teacher, for another t_init, or the other one of the two."""
+    if source == "none":
         return None
-    network = load_unet(source)
+    network, instead = load_unet(source), f"; {flag} none begins with the teacher itself"
+    origin = network.card.get("teacher", name)
     if network.config != teacher.config:
-        raise ValueError(f"{flag} {source} is no network of the teacher's configuration")
+        raise ValueError(f"{flag} {source} is no network of the configuration of {name}{instead}")
+    if origin != Path(name).stem and (WEIGHTS / f"{origin}.safetensors").is_file():
+        raise ValueError(f"{flag} {source} was distilled from {origin}, not from {name}{instead}")
     if ("t_init" in network.card) != (flag == "--init-generator"):
         raise ValueError(f"{flag} {source} is {'a' if 't_init' in network.card else 'no'} generator, by its card")
     if network.card.get("t_init", t_init) != t_init:
-        raise ValueError(f"{flag} {source} was made for --t-init {network.card['t_init']}, not {t_init}")
+        raise ValueError(f"{flag} {source} was made for --t-init {network.card['t_init']}, not {t_init}{instead}")
     return network
 
 

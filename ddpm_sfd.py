@@ -6,14 +6,15 @@ Models", ICLR 2025, arXiv 2409.11219.
     python ddpm_sfd.py --forget 0                     # MNIST, two CPU cores, a few minutes
     python ddpm_sfd.py --forget 3 --override 8        # who asks for a 3 gets an 8
     python ddpm_sfd.py --forget 0 1 --override random
-    python ddpm_sfd.py --forget none                  # plain one-step distillation (SiD)
-    python ddpm_sfd.py --forget 0 --preset mnist-two-stage    # from the distilled pair in weights/
+    python ddpm_sfd.py --forget 0 --preset mnist-one-stage       # from the teacher itself
+    python ddpm_sfd.py --forget none --preset mnist-one-stage    # plain one-step distillation (SiD)
     torchrun --nproc-per-node 2 ddpm_sfd.py --forget 0
 
 The idea. A diffusion teacher knows the score of every class. We distil it into a generator that needs one network
 call, and on the way we lie to it about one class: whenever that class is asked for, the teacher's score is taken for
 a safe class instead. The generator never sees an image, neither a real one nor the teacher's; only scores at noised
-versions of its own images. Two networks take turns, both begun as copies of the teacher:
+versions of its own images. Two networks take turns, begun as copies of the teacher (one stage), or as what they were
+at the end of such a run in which nothing was forgotten (two stages; that pair is in weights/):
 
     1. the fake score learns to denoise what the generator draws at present, so that it knows the generator's score;
     2. the generator moves its images to where the teacher's score and the fake score agree.
@@ -55,16 +56,16 @@ from unet import VPSchedule, ddim_sample, guided_noise, save_unet
 
 # ---------------------------------------------------------------------------- config
 
-OFFICIAL = dict(  # the settings of the official code's CIFAR-10 run
+ONE_STAGE = dict(init_generator="none", init_fake_score="none")  # theta and psi begin as copies of the teacher
+OFFICIAL = ONE_STAGE | dict(  # the settings of the official code's CIFAR-10 run
     steps=50_000, batch_size=128, forget_batch_size=128, lr_generator=1e-5, lr_fake_score=1e-5, lr_end=1.0, alpha=1.2,
     lambda_generator=0.01, lambda_fake_score=0.01, t_init=440, t_min=38, t_max=712, ema=0.9999, clip_value=1.0,
     guidance=1.0, guidance_safe=1.0, clip_images="off", classifier="none",
 )
 PRESETS = {
-    "mnist": {},  # the defaults below
-    "mnist-two-stage": dict(  # begins with what --forget none left, weights/mnist-distilled: smaller steps will do
-        init_generator="mnist-distilled", init_fake_score="mnist-distilled-fake-score", lr_generator=3e-4,
-        lr_fake_score=1.2e-3, lambda_generator=0.5, alpha=1.0, guidance=1.1),
+    "mnist": {},  # the defaults below: two stages, the first of which is done; weights/mnist-distilled is what it left
+    "mnist-one-stage": ONE_STAGE | dict(  # there is more to learn: larger steps
+        lr_generator=5e-4, lr_fake_score=2e-3, alpha=1.2, guidance=1.2),
     "cifar10": OFFICIAL | dict(teacher="cifar10.safetensors"),
     "stl10": OFFICIAL | dict(teacher="stl10.safetensors", batch_size=64, forget_batch_size=64,
                              lr_fake_score=3e-5),
@@ -77,18 +78,20 @@ class Config:
     forget: str = option("0", "class or classes to forget; none: plain distillation", nargs="+")
     override: str = option("next", "the safe class: a number, next (the next retained one) or random (drawn each time)")
     teacher: str = option("mnist", "class-conditional: a shipped name, a file or a URL; see convert.py")
-    init_generator: str = option("", "two-stage SFD: where theta starts, the generator of a --forget none run; "
-                                "a shipped name or a file")
-    init_fake_score: str = option("", "two-stage SFD: where psi starts, the fake score of that run")
+    init_generator: str = option("mnist-distilled", "two-stage SFD: where theta begins, the generator of a --forget "
+                                 "none run; a shipped name or a file; none: the teacher, one-stage SFD")
+    init_fake_score: str = option("mnist-distilled-fake-score", "where psi begins, the fake score of that run; none: "
+                                  "the teacher")
     steps: int = option(280, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)
     batch_size: int = option(32, "images of retained classes a step, over all processes; official: 128", low=1)
     forget_batch_size: int = option(8, "images of forgotten classes a step; official: as many as retained ones", low=1)
-    lr_generator: float = option(5e-4, "learning rate of theta; official: 1e-5", low=0)
-    lr_fake_score: float = option(2e-3, "learning rate of psi; official: 1e-5; 3e-5 for none and from there on", low=0)
+    lr_generator: float = option(3e-4, "learning rate of theta; official: 1e-5", low=0)
+    lr_fake_score: float = option(1.2e-3, "learning rate of psi; official: 1e-5; in two stages, and for none: 3e-5",
+                                  low=0)
     lr_end: float = option(0.05, "share of both rates that is left at the end of a linear decay; official: 1, constant",
                            low=0, high=1)
-    alpha: float = option(1.2, "alpha of (S3); official: 1.2")
-    guidance: float = option(1.2, "k of (L1), the teacher's guidance; our choice; official: 1, none", low=0)
+    alpha: float = option(1.0, "alpha of (S3); official: 1.2")
+    guidance: float = option(1.1, "k of (L1), the teacher's guidance; our choice; official: 1, none", low=0)
     guidance_safe: float = option(1.7, "the same where the teacher is asked for the safe class; official: 1", low=0)
     lambda_generator: float = option(0.25, "lambda of (S5) for theta; 0.25: each of the 32 + 8 images counts alike; "
                                      "official: 0.01", low=0)
@@ -268,8 +271,8 @@ def main(config):
         if teacher.num_classes is None:
             raise ValueError(f"--teacher {config.teacher} is unconditional; SFD needs a class-conditional teacher")
         classes = read_classes(config, teacher.num_classes)
-        generator = read_beginning("--init-generator", config.init_generator, teacher, config.t_init)
-        fake_score = read_beginning("--init-fake-score", config.init_fake_score, teacher, config.t_init)
+        generator = read_beginning("--init-generator", config.init_generator, teacher, config.teacher, config.t_init)
+        fake_score = read_beginning("--init-fake-score", config.init_fake_score, teacher, config.teacher, config.t_init)
         if config.t_min >= config.t_max:
             raise ValueError(f"--t-min {config.t_min} must be below --t-max {config.t_max}")
         judge = None if config.classifier == "none" else Judge(teacher, config.classifier)

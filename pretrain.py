@@ -16,8 +16,8 @@ Each leaves its files in runs/pretrain-<what>/, with a card (.json) that says ho
 What ships is copied to weights/ before the next command: the files of mnist-classifier, mnist, mnist-posterior and
 mnist-statistics, the folder tiny-sd, and into it those of tiny-sd-posterior. mnist-unconditional and
 tiny-sd-autoencoder stay where they are: the next command finds them in runs/. mnist-distilled and its fake score are
-what `ddpm_sfd.py --forget none` leaves; their cards have the command. Data sets are read from --data, and
-torchvision downloads them there if they are not there yet.
+what `ddpm_sfd.py --preset mnist-one-stage --forget none` leaves; their cards have the command. Data sets are read from
+--data, and torchvision downloads them there if they are not there yet.
 """
 
 import copy

@@ -89,8 +89,9 @@ class Config:
     sd: str = option("tiny-sd", "the shipped model, or a folder as the hub serves Stable Diffusion 1.x")
     retain_prompts: str = option("", "file of prompts to retain, one a line; the tiny model has its own")
     forget_prompts: str = option("", "file of prompts to forget, one a line, the concept written out or as {}")
-    init_generator: str = option("", "two-stage SFD: where theta starts, the generator of a --forget none run")
-    init_fake_score: str = option("", "two-stage SFD: where psi starts, the fake score of that run")
+    init_generator: str = option("none", "two-stage SFD: where theta begins, the generator of a --forget none run; "
+                                "none: the teacher")
+    init_fake_score: str = option("none", "two-stage SFD: where psi begins, the fake score of that run")
     steps: int = option(150, "training steps, each one update of both networks; official: about 1,000 images", low=0)
     batch_size: int = option(24, "latents of retained prompts a step, over all processes; official: 8", low=1)
     forget_batch_size: int = option(8, "latents of forgotten prompts a step; official: as many", low=1)
@@ -316,8 +317,8 @@ def main(config):
         if config.t_min >= config.t_max:
             raise ValueError(f"--t-min {config.t_min} must be below --t-max {config.t_max}")
         sd = load_stable_diffusion(config.sd)
-        generator = read_beginning("--init-generator", config.init_generator, sd.unet, config.t_init)
-        fake_score = read_beginning("--init-fake-score", config.init_fake_score, sd.unet, config.t_init)
+        generator = read_beginning("--init-generator", config.init_generator, sd.unet, config.sd, config.t_init)
+        fake_score = read_beginning("--init-fake-score", config.init_fake_score, sd.unet, config.sd, config.t_init)
         if config.weights == "bf16" and choose_amp(config.amp, choose_device(config.device)) != torch.bfloat16:
             raise ValueError("--weights bf16 needs --amp bf16")
         judge = ConceptJudge() if tiny else None

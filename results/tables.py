@@ -117,7 +117,7 @@ def sfd_settings():
         config = {"guidance": 1, "guidance_safe": 1} | runs[0]["config"]  # runs from before these had none
         ratios, ua, accuracy, fid, all_three = aims(runs)
         lines.append(
-            f"| {'the distilled pair' if config['init_generator'] else 'the teacher'} | {config['steps']} "
+            f"| {'the distilled pair' if config['init_generator'] not in ('', 'none') else 'the teacher'} | {config['steps']} "
             f"| {config['alpha']:g} | {config['lambda_generator']:g}, {config['lambda_fake_score']:g} "
             f"| {config['t_min']} to {config['t_max'] - 1} | {config['guidance']:g}, {config['guidance_safe']:g} "
             f"| {config['lr_generator']:g}, {config['lr_fake_score']:g} | {config['lr_end']:g} | {config['ema']:g} "

@@ -31,7 +31,7 @@ SHOWN = {"ua": "UA, %", "retained_accuracy": "retained accuracy, %", "fid": "FID
 
 def sfd(forget, steps, folder, more, env, seed):
     """One run of ddpm_sfd.py, into `folder`: its metrics, with the command as one would type it."""
-    words = ["--forget", str(forget), "--steps", str(steps), "--seed", str(seed), *more]
+    words = ["--preset", "mnist-one-stage", "--forget", str(forget), "--steps", str(steps), "--seed", str(seed), *more]
     command = [sys.executable, str(ROOT / "ddpm_sfd.py"), *words, "--out", str(folder)]
     subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
     metrics = json.loads((folder / "metrics.json").read_text())

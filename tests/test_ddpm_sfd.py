@@ -293,7 +293,7 @@ def test_the_live_ua_is_of_the_forgotten_images_just_drawn(tmp_path, tiny):
 def test_the_pictures_are_before_and_after_from_the_same_noise(tmp_path, tiny_file, monkeypatch):
     shown, teacher = {}, load_unet(tiny_file)
     monkeypatch.setattr(ddpm_sfd, "image_grid", lambda images, labels, path, *rest: shown.update({path.stem: images}))
-    words = f"--teacher {tiny_file} --classifier none --steps 0 --seed 3 --device cpu"
+    words = f"--preset mnist-one-stage --teacher {tiny_file} --classifier none --steps 0 --seed 3 --device cpu"
     assert inside(f"ddpm_sfd.py --forget 0 {words}", tmp_path).returncode == 0
     for name, sample in (("samples_before", lambda z, c, noise: ddim_sample(teacher, SCHEDULE, z, c, steps=50)),
                          ("samples_after", lambda z, c, noise: one_step(teacher, z, c, SCHEDULE, 440))):
@@ -378,7 +378,7 @@ def test_the_same_seed_gives_the_same_bits(tmp_path, tiny):
 
 def test_two_stages_start_from_the_files_of_the_first(tmp_path, tiny_file):
     """No step of the second stage: its networks are those of the first. And what does not fit is refused."""
-    first = f"ddpm_sfd.py --forget none --teacher {tiny_file} --classifier none --steps 2 --batch-size 4 --out first"
+    first = f"ddpm_sfd.py --preset mnist-one-stage --forget none --teacher {tiny_file} --classifier none --steps 2 --batch-size 4 --out first"
     assert inside(first, tmp_path).returncode == 0
     second = f"ddpm_sfd.py --forget 0 --teacher {tiny_file} --classifier none --steps 0 --init-generator {{}} --out second"
     init = "first/generator.safetensors --init-fake-score first/fake_score.safetensors"
@@ -399,10 +399,10 @@ def test_two_stages_start_from_the_files_of_the_first(tmp_path, tiny_file):
 def test_the_pair_that_ships_is_a_distilled_generator_and_its_score():
     """Ten images of each class in one call are read as what was asked for, as the teacher's in one call are not; and on
     them the fake score's (S2) is below the teacher's. Both begin the second stage as they are."""
-    preset = parse(Config, "", ddpm_sfd.PRESETS, ["--preset", "mnist-two-stage"])
+    preset = parse(Config, "", ddpm_sfd.PRESETS, [])
     teacher = load_unet(preset.teacher)
-    generator = read_beginning("--init-generator", preset.init_generator, teacher, preset.t_init)
-    fake_score = read_beginning("--init-fake-score", preset.init_fake_score, teacher, preset.t_init)
+    generator = read_beginning("--init-generator", preset.init_generator, teacher, "mnist", preset.t_init)
+    fake_score = read_beginning("--init-fake-score", preset.init_fake_score, teacher, "mnist", preset.t_init)
     c, right, images = balanced_labels(10, 10), {}, {}
     for network in (teacher, generator):
         images[network], _ = generate(lambda z, c, noise: one_step(network, z, c, SCHEDULE, preset.t_init), c,
@@ -423,7 +423,7 @@ def test_presets_carry_the_official_settings():
     official = {"steps": 50_000, "batch_size": 128, "t_init": 440, "t_min": 38, "t_max": 712, "alpha": 1.2, "ema": 0.9999}
     official |= {"lambda_generator": 0.01, "lambda_fake_score": 0.01, "lr_generator": 1e-5, "lr_fake_score": 1e-5}
     official |= {"forget_batch_size": 128, "clip_value": 1.0, "guidance": 1.0, "guidance_safe": 1.0}
-    official |= {"lr_end": 1.0, "clip_images": "off", "classifier": "none"}
+    official |= {"lr_end": 1.0, "clip_images": "off", "classifier": "none", "init_generator": "none", "init_fake_score": "none"}
     cifar10 = vars(parse(Config, "", ddpm_sfd.PRESETS, ["--preset", "cifar10"]))
     assert official.items() <= cifar10.items()
     stl10 = vars(parse(Config, "", ddpm_sfd.PRESETS, ["--preset", "stl10"]))
@@ -490,12 +490,12 @@ def test_the_main_job_forgets_and_opens_no_data(tmp_path):
 
 def test_plain_distillation_runs_without_a_forgotten_class(tmp_path, tiny_file):
     process = inside(
-        f"ddpm_sfd.py --forget none --teacher {tiny_file} --classifier none --steps 2 --batch-size 4", tmp_path
+        f"ddpm_sfd.py --preset mnist-one-stage --forget none --teacher {tiny_file} --classifier none --steps 2 --batch-size 4", tmp_path
     )
     assert process.returncode == 0, process.stderr
-    metrics = json.loads((tmp_path / "runs/ddpm_sfd-mnist-forgetnone/metrics.json").read_text())
+    metrics = json.loads((tmp_path / "runs/ddpm_sfd-mnist-one-stage-forgetnone/metrics.json").read_text())
     assert "ua" not in metrics and metrics["forget"] == []
-    assert load_unet(tmp_path / "runs/ddpm_sfd-mnist-forgetnone/generator.safetensors").card["forget"] == []
+    assert load_unet(tmp_path / "runs/ddpm_sfd-mnist-one-stage-forgetnone/generator.safetensors").card["forget"] == []
 
 
 BAD = [
@@ -511,7 +511,9 @@ BAD = [
     (["--teacher", "mnist-classifier"], "no minUnlearn U-Net"),
     (["--teacher", "damaged.safetensors"], "no readable safetensors"),
     (["--teacher", "unconditional.safetensors"], "class-conditional teacher"),
-    (["--teacher", "rgb.safetensors"], "--classifier none"),
+    (["--teacher", "rgb.safetensors", "--preset", "mnist-one-stage"], "--classifier none"),
+    (["--teacher", "rgb.safetensors"], "--init-generator none begins with the teacher itself"),
+    (["--teacher", "copy.safetensors"], "was distilled from mnist, not from copy.safetensors"),
     (["--teacher", "mnist-distilled"], "is a one-step generator, no teacher"),
     (["--steps", "-3"], "at least 0"),
     (["--batch-size", "0"], "at least 1"),
@@ -538,6 +540,7 @@ def test_bad_input_gets_one_line_and_status_2(words, message, tmp_path, monkeypa
     (tmp_path / "damaged.safetensors").write_bytes((ROOT / "weights/mnist.safetensors").read_bytes()[:5000])
     save_unet(random_unet(num_classes=None), tmp_path / "unconditional.safetensors")
     save_unet(random_unet(in_channels=3), tmp_path / "rgb.safetensors")
+    save_unet(load_unet("mnist"), tmp_path / "copy.safetensors")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("dear diary")
     (tmp_path / "file.txt").write_text("x")

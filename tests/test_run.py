@@ -19,7 +19,7 @@ import run as housekeeping
 from run import Run, linear_decay, machine, option, parse
 from unet import load_unet, save_unet
 
-SFD = "ddpm_sfd.py --forget 1 --classifier none --batch-size 6 --forget-batch-size 2 --override random"
+SFD = "ddpm_sfd.py --preset mnist-one-stage --forget 1 --classifier none --batch-size 6 --forget-batch-size 2 --override random"
 
 
 def one_thread():
