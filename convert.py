@@ -38,7 +38,7 @@ from safetensors import SafetensorError, safe_open
 
 from fetch import fetch
 from run import option, parse, refuse, refusing
-from unet import WEIGHTS, UNet, load_unet, save_unet
+from unet import UNet, load_unet, save_unet
 
 # ---------------------------------------------------------------------------- config
 
@@ -441,44 +441,6 @@ def read(config, path):
     if not (path.parent / "config.json").is_file():
         raise ValueError("tensors with no config.json beside them are neither diffusers' nor ours")
     return read_diffusers(config, content, path.parent / "config.json")
-
-
-# ---------------------------------------------------------------------------- for the methods
-
-
-def load_teacher(source):
-    """The U-Net of whatever the user named: a shipped name, a file of ours, or anything that this file can fetch and
-    read, without a copy being written. ValueError or OSError when it is none, or a one-step generator."""
-    found = fetch(source)
-    shipped = (WEIGHTS / f"{found}.safetensors").is_file()
-    ours = str(found).endswith(".safetensors") and not (Path(found).parent / "config.json").is_file()
-    if found == str(source) and (shipped or ours or not Path(found).exists()):
-        unet = load_unet(found)  # or says what would be right
-    else:
-        path = locate(Path(found))
-        unet, facts = read(Config(str(found)), path)
-        unet.path, unet.card = path, getattr(unet, "card", facts)
-    if "t_init" in unet.card:
-        raise ValueError(f"{source} is a one-step generator, no teacher; give the diffusion model that it is made from")
-    return unet.eval()
-
-
-def read_beginning(flag, source, teacher, name, t_init):
-    """Two-stage SFD: the network that theta or psi begins with; None: with the teacher, which has this name. ValueError
-    if it is not of its configuration, of another shipped teacher, for another t_init, or the other one of the two."""
-    if source == "none":
-        return None
-    network, instead = load_unet(source), f"; {flag} none begins with the teacher itself"
-    origin = network.card.get("teacher", name)
-    if network.config != teacher.config:
-        raise ValueError(f"{flag} {source} is no network of the configuration of {name}{instead}")
-    if origin != Path(name).stem and (WEIGHTS / f"{origin}.safetensors").is_file():
-        raise ValueError(f"{flag} {source} was distilled from {origin}, not from {name}{instead}")
-    if ("t_init" in network.card) != (flag == "--init-generator"):
-        raise ValueError(f"{flag} {source} is {'a' if 't_init' in network.card else 'no'} generator, by its card")
-    if network.card.get("t_init", t_init) != t_init:
-        raise ValueError(f"{flag} {source} was made for --t-init {network.card['t_init']}, not {t_init}{instead}")
-    return network
 
 
 # ---------------------------------------------------------------------------- the command

@@ -13,8 +13,9 @@ Models", ICLR 2025, arXiv 2409.11219.
 The idea. A diffusion teacher knows the score of every class. We distil it into a generator that needs one network
 call, and on the way we lie to it about one class: whenever that class is asked for, the teacher's score is taken for
 a safe class instead. The generator never sees an image, neither a real one nor the teacher's; only scores at noised
-versions of its own images. Two networks take turns, begun as copies of the teacher (one stage), or as what they were
-at the end of such a run in which nothing was forgotten (two stages; that pair is in weights/):
+versions of its own images. Two networks take turns. In one stage both begin as copies of the teacher, and distilling
+and forgetting go together. In two, the default here, both begin as such a run without a forgotten class has left them
+(that pair is in weights/), and only the forgetting is still to be done.
 
     1. the fake score learns to denoise what the generator draws at present, so that it knows the generator's score;
     2. the generator moves its images to where the teacher's score and the fake score agree.
@@ -47,11 +48,11 @@ from dataclasses import dataclass
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from convert import load_teacher, read_beginning
 from eval import evaluate, parse_classes, table
 from features import Judge
 from run import Run, linear_decay, option, parse, refusing
 from samples import balanced_labels, generate, image_grid
+from teachers import load_teacher, read_pair
 from unet import VPSchedule, ddim_sample, guided_noise, save_unet
 
 # ---------------------------------------------------------------------------- config
@@ -64,7 +65,7 @@ OFFICIAL = ONE_STAGE | dict(  # the settings of the official code's CIFAR-10 run
 )
 PRESETS = {
     "mnist": {},  # the defaults below: two stages, the first of which is done; weights/mnist-distilled is what it left
-    "mnist-one-stage": ONE_STAGE | dict(  # there is more to learn: larger steps
+    "mnist-one-stage": ONE_STAGE | dict(  # there is more to learn, hence larger rates; our choice, as the defaults are
         lr_generator=5e-4, lr_fake_score=2e-3, alpha=1.2, guidance=1.2),
     "cifar10": OFFICIAL | dict(teacher="cifar10.safetensors"),
     "stl10": OFFICIAL | dict(teacher="stl10.safetensors", batch_size=64, forget_batch_size=64,
@@ -75,19 +76,20 @@ PRESETS = {
 @dataclass
 class Config:
     preset: str = option("mnist", "settings to start from", choices=list(PRESETS))
-    forget: str = option("0", "class or classes to forget; none: plain distillation", nargs="+")
+    forget: str = option("0", "class or classes to forget; none: only distil", nargs="+")
     override: str = option("next", "the safe class: a number, next (the next retained one) or random (drawn each time)")
-    teacher: str = option("mnist", "class-conditional: a shipped name, a file or a URL; see convert.py")
+    teacher: str = option("mnist", "class-conditional: a shipped name, a file or a URL, see convert.py; one of your "
+                         "own: with --preset mnist-one-stage")
     init_generator: str = option("mnist-distilled", "two-stage SFD: where theta begins, the generator of a --forget "
-                                 "none run; a shipped name or a file; none: the teacher, one-stage SFD")
+                                 "none run, a shipped name or a file; official CIFAR-10 run: none, the teacher")
     init_fake_score: str = option("mnist-distilled-fake-score", "where psi begins, the fake score of that run; none: "
                                   "the teacher")
     steps: int = option(280, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)
     batch_size: int = option(32, "images of retained classes a step, over all processes; official: 128", low=1)
     forget_batch_size: int = option(8, "images of forgotten classes a step; official: as many as retained ones", low=1)
     lr_generator: float = option(3e-4, "learning rate of theta; official: 1e-5", low=0)
-    lr_fake_score: float = option(1.2e-3, "learning rate of psi; official: 1e-5; in two stages, and for none: 3e-5",
-                                  low=0)
+    lr_fake_score: float = option(1.2e-3, "learning rate of psi; official: 1e-5, or 3e-5 in two stages and in plain "
+                                  "distillation", low=0)
     lr_end: float = option(0.05, "share of both rates that is left at the end of a linear decay; official: 1, constant",
                            low=0, high=1)
     alpha: float = option(1.0, "alpha of (S3); official: 1.2")
@@ -271,8 +273,7 @@ def main(config):
         if teacher.num_classes is None:
             raise ValueError(f"--teacher {config.teacher} is unconditional; SFD needs a class-conditional teacher")
         classes = read_classes(config, teacher.num_classes)
-        generator = read_beginning("--init-generator", config.init_generator, teacher, config.teacher, config.t_init)
-        fake_score = read_beginning("--init-fake-score", config.init_fake_score, teacher, config.teacher, config.t_init)
+        generator, fake_score = read_pair(config, teacher)
         if config.t_min >= config.t_max:
             raise ValueError(f"--t-min {config.t_min} must be below --t-max {config.t_max}")
         judge = None if config.classifier == "none" else Judge(teacher, config.classifier)

@@ -43,7 +43,6 @@ from pathlib import Path
 import torch
 
 from concepts import PAIRS, TEMPLATES, ConceptJudge, check_drawn, every_prompt, fill, shown
-from convert import load_teacher
 from data import mnist
 from features import Judge, load_classifier, look  # noqa: F401 (for the notebooks, too)
 from inception import evaluate_inception, load_inception, real_reference
@@ -64,6 +63,7 @@ from metrics import (  # noqa: F401 (the same)
 from run import checksum, choose_amp, choose_device, commit, machine, option, parse, refusing, write_json
 from samples import balanced_labels, generate, sampler_of, unconditional_sampler
 from stable_diffusion import load_stable_diffusion
+from teachers import load_teacher
 from unet import VPSchedule, ddim_sample, load_unet, read_tensors
 
 # ---------------------------------------------------------------------------- classes

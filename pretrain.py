@@ -16,8 +16,8 @@ Each leaves its files in runs/pretrain-<what>/, with a card (.json) that says ho
 What ships is copied to weights/ before the next command: the files of mnist-classifier, mnist, mnist-posterior and
 mnist-statistics, the folder tiny-sd, and into it those of tiny-sd-posterior. mnist-unconditional and
 tiny-sd-autoencoder stay where they are: the next command finds them in runs/. mnist-distilled and its fake score are
-what `ddpm_sfd.py --preset mnist-one-stage --forget none` leaves; their cards have the command. Data sets are read from
---data, and torchvision downloads them there if they are not there yet.
+what `ddpm_sfd.py --preset mnist-one-stage --forget none` leaves; their cards have the command, and a new mnist needs a
+new pair. Data sets are read from --data, and torchvision downloads them there if they are not there yet.
 """
 
 import copy
@@ -32,11 +32,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import mnist_statistics
 import tiny_sd
-from convert import load_teacher
 from data import cifar10, mnist, stl10
 from features import Classifier, ResNet34
 from run import MAY_CHANGE, Run, checksum, commit, machine, option, parse, refuse, refusing, write_json
 from stable_diffusion import Autoencoder, load_stable_diffusion, save_stable_diffusion
+from teachers import load_teacher
 from unet import UNet, VPSchedule, read_tensors, save_unet, write_tensors
 from vdu import posterior
 

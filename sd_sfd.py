@@ -58,11 +58,11 @@ from concepts import (
     shown,
     without,
 )
-from convert import read_beginning
 from eval import evaluate_concept, load_concept_statistics, table
 from run import Run, choose_amp, choose_device, linear_decay, option, parse, refusing
 from samples import generate, guided_sampler
 from stable_diffusion import load_stable_diffusion
+from teachers import read_pair
 from unet import guided_noise, save_unet
 
 # ---------------------------------------------------------------------------- config
@@ -91,7 +91,8 @@ class Config:
     forget_prompts: str = option("", "file of prompts to forget, one a line, the concept written out or as {}")
     init_generator: str = option("none", "two-stage SFD: where theta begins, the generator of a --forget none run; "
                                 "none: the teacher")
-    init_fake_score: str = option("none", "two-stage SFD: where psi begins, the fake score of that run")
+    init_fake_score: str = option("none", "two-stage SFD: where psi begins, the fake score of that run; none: the "
+                                 "teacher")
     steps: int = option(150, "training steps, each one update of both networks; official: about 1,000 images", low=0)
     batch_size: int = option(24, "latents of retained prompts a step, over all processes; official: 8", low=1)
     forget_batch_size: int = option(8, "latents of forgotten prompts a step; official: as many", low=1)
@@ -317,8 +318,7 @@ def main(config):
         if config.t_min >= config.t_max:
             raise ValueError(f"--t-min {config.t_min} must be below --t-max {config.t_max}")
         sd = load_stable_diffusion(config.sd)
-        generator = read_beginning("--init-generator", config.init_generator, sd.unet, config.sd, config.t_init)
-        fake_score = read_beginning("--init-fake-score", config.init_fake_score, sd.unet, config.sd, config.t_init)
+        generator, fake_score = read_pair(config, sd.unet)
         if config.weights == "bf16" and choose_amp(config.amp, choose_device(config.device)) != torch.bfloat16:
             raise ValueError("--weights bf16 needs --amp bf16")
         judge = ConceptJudge() if tiny else None

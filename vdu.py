@@ -53,7 +53,6 @@ from torchvision.io import ImageReadMode, read_image
 from torchvision.transforms.functional import center_crop, resize
 
 from concepts import ConceptJudge, check_drawn, contains, every_prompt, prompt_grid
-from convert import load_teacher
 from data import cifar10, mnist
 from eval import (
     check_forget,
@@ -67,6 +66,7 @@ from features import Judge
 from run import Run, checksum, option, parse, refusing
 from samples import generate, guided_sampler, image_grid, unconditional_sampler
 from stable_diffusion import load_stable_diffusion
+from teachers import load_teacher
 from unet import VPSchedule, ddim_sample, load_unet, read_tensors, save_unet
 
 # ---------------------------------------------------------------------------- config

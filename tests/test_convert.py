@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import convert
+from teachers import load_teacher
 from unet import load_unet, save_unet
 
 # ---------------------------------------------------------------------------- the reference network
@@ -660,11 +661,11 @@ def test_a_url_is_fetched_once(server, tiny_file):
     server.files["/teacher.safetensors"] = Path(tiny_file).read_bytes()
     digits = hashlib.sha256(Path(tiny_file).read_bytes()).hexdigest()
     for _ in range(2):
-        unet = convert.load_teacher(f"{server.url}/teacher.safetensors#sha256={digits}")
+        unet = load_teacher(f"{server.url}/teacher.safetensors#sha256={digits}")
     assert server.asked == ["/teacher.safetensors"]
     ours = load_unet(tiny_file).state_dict()
     assert all(torch.equal(ours[k], v) for k, v in unet.state_dict().items())
-    by_file = convert.load_teacher(f"file://{tiny_file}")
+    by_file = load_teacher(f"file://{tiny_file}")
     assert all(torch.equal(ours[k], v) for k, v in by_file.state_dict().items())
 
 
@@ -679,11 +680,11 @@ def test_a_model_of_the_hub_is_fetched_and_converted(server, tmp_path, monkeypat
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         server.files[f"/org/name/resolve/main/{name}"] = (tmp_path / "model" / name).read_bytes()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
-    unet = convert.load_teacher("hub:org/name")
+    unet = load_teacher("hub:org/name")
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
     with torch.no_grad():
         torch.testing.assert_close(unet(x, t), theirs(x, t).sample, rtol=0, atol=1e-4)
-    assert convert.load_teacher("hub:org/name").num_classes is None and len(server.asked) == 2
+    assert load_teacher("hub:org/name").num_classes is None and len(server.asked) == 2
 
 
 @pytest.mark.parametrize("path, says", [
@@ -694,37 +695,37 @@ def test_a_model_of_the_hub_is_fetched_and_converted(server, tmp_path, monkeypat
 def test_what_does_not_come_whole_is_refused_and_leaves_nothing(server, tiny_file, path, says):
     server.files["/teacher.safetensors"] = Path(tiny_file).read_bytes()
     with pytest.raises(OSError, match=says) as error:
-        convert.load_teacher(server.url + path)
+        load_teacher(server.url + path)
     assert server.url in str(error.value)
     assert not [p for p in server.cache.rglob("*") if p.is_file()]
     # and the next try, of a sound file, works
-    assert convert.load_teacher(server.url + "/teacher.safetensors").num_classes == 10
+    assert load_teacher(server.url + "/teacher.safetensors").num_classes == 10
 
 
 def test_no_server_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     with pytest.raises(OSError, match="http://127.0.0.1:9/x.safetensors: "):
-        convert.load_teacher("http://127.0.0.1:9/x.safetensors")
+        load_teacher("http://127.0.0.1:9/x.safetensors")
 
 
 def test_files_of_one_name_from_two_addresses_are_two(server, tiny_file, tmp_path):
     save_unet(random_unet(1), tmp_path / "other.safetensors")
     server.files["/a/teacher.safetensors"] = Path(tiny_file).read_bytes()
     server.files["/b/teacher.safetensors"] = (tmp_path / "other.safetensors").read_bytes()
-    a, b = (convert.load_teacher(f"{server.url}/{name}/teacher.safetensors") for name in "ab")
+    a, b = (load_teacher(f"{server.url}/{name}/teacher.safetensors") for name in "ab")
     assert (a.image_shape, b.image_shape) == ((1, 8, 8), (1, 28, 28))
     with pytest.raises(OSError, match="has the SHA-256"):  # what lies in the cache was fetched without one
-        convert.load_teacher(f"{server.url}/a/teacher.safetensors#sha256={64 * '0'}")
+        load_teacher(f"{server.url}/a/teacher.safetensors#sha256={64 * '0'}")
 
 
 def test_a_teacher_may_be_any_folder_or_file_at_hand(networks, tmp_path):
     theirs = peer(SMALL)
     source = folder(tmp_path / "model", SMALL, theirs.state_dict())
     for path in (source, source / "diffusion_pytorch_model.safetensors"):
-        unet = convert.load_teacher(path)
+        unet = load_teacher(path)
         agree(unet, theirs)
         assert unet.path == source / "diffusion_pytorch_model.safetensors"
     torch.save(container(4, networks), tmp_path / "ckpt.pth")
-    unet = convert.load_teacher(tmp_path / "ckpt.pth")
+    unet = load_teacher(tmp_path / "ckpt.pth")
     agree(unet, networks["EMA"], labels=torch.tensor([0, 4, 9]))
     assert unet.card["weights"] == "EMA" and unet.path == tmp_path / "ckpt.pth"

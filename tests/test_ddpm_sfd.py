@@ -11,11 +11,11 @@ import torch
 from conftest import ROOT, inside, python, random_unet
 
 import ddpm_sfd
-from convert import read_beginning
 from ddpm_sfd import Config, draw_labels, fake_score_loss, generator_loss, one_step, read_classes, total, train
 from features import Judge
 from run import Run, parse
 from samples import balanced_labels, generate
+from teachers import read_pair
 from unet import VPSchedule, ddim_sample, load_unet
 
 SCHEDULE = VPSchedule.linear()
@@ -388,8 +388,11 @@ def test_two_stages_start_from_the_files_of_the_first(tmp_path, tiny_file):
         files = [load_unet(tmp_path / d / f"{name}.safetensors").state_dict() for d in ("first", "second")]
         assert all(torch.equal(files[0][k], files[1][k]) for k in files[0]), name
         assert not all(torch.equal(v, files[0][k]) for k, v in load_unet(tiny_file).state_dict().items()), name
+    assert inside(first.replace("--out first", "--seed 1 --out other"), tmp_path).returncode == 0
     swapped = "first/fake_score.safetensors --init-fake-score first/generator.safetensors"
     for words, says in ((f"{init} --t-init 300", "was made for --t-init 440"), ("mnist", "configuration"),
+                        ("none", "give the two files of one run; --preset mnist-one-stage begins with the teacher"),
+                        (init.replace("fake-score first", "fake-score other"), "are not of one run, by their cards"),
                         (swapped, "--init-generator first/fake_score.safetensors is no generator"),
                         (init.replace("fake_score.", "generator."), "generator.safetensors is a generator")):
         process = inside(second.format(words).replace("--out second", "--out third"), tmp_path)
@@ -401,8 +404,7 @@ def test_the_pair_that_ships_is_a_distilled_generator_and_its_score():
     them the fake score's (S2) is below the teacher's. Both begin the second stage as they are."""
     preset = parse(Config, "", ddpm_sfd.PRESETS, [])
     teacher = load_unet(preset.teacher)
-    generator = read_beginning("--init-generator", preset.init_generator, teacher, "mnist", preset.t_init)
-    fake_score = read_beginning("--init-fake-score", preset.init_fake_score, teacher, "mnist", preset.t_init)
+    generator, fake_score = read_pair(preset, teacher)
     c, right, images = balanced_labels(10, 10), {}, {}
     for network in (teacher, generator):
         images[network], _ = generate(lambda z, c, noise: one_step(network, z, c, SCHEDULE, preset.t_init), c,
@@ -512,8 +514,8 @@ BAD = [
     (["--teacher", "damaged.safetensors"], "no readable safetensors"),
     (["--teacher", "unconditional.safetensors"], "class-conditional teacher"),
     (["--teacher", "rgb.safetensors", "--preset", "mnist-one-stage"], "--classifier none"),
-    (["--teacher", "rgb.safetensors"], "--init-generator none begins with the teacher itself"),
-    (["--teacher", "copy.safetensors"], "was distilled from mnist, not from copy.safetensors"),
+    (["--teacher", "rgb.safetensors"], "--preset mnist-one-stage begins with the teacher itself"),
+    (["--teacher", "another/mnist.safetensors"], "was distilled from mnist, not another/mnist.safetensors"),
     (["--teacher", "mnist-distilled"], "is a one-step generator, no teacher"),
     (["--steps", "-3"], "at least 0"),
     (["--batch-size", "0"], "at least 1"),
@@ -540,7 +542,8 @@ def test_bad_input_gets_one_line_and_status_2(words, message, tmp_path, monkeypa
     (tmp_path / "damaged.safetensors").write_bytes((ROOT / "weights/mnist.safetensors").read_bytes()[:5000])
     save_unet(random_unet(num_classes=None), tmp_path / "unconditional.safetensors")
     save_unet(random_unet(in_channels=3), tmp_path / "rgb.safetensors")
-    save_unet(load_unet("mnist"), tmp_path / "copy.safetensors")
+    (tmp_path / "another").mkdir()
+    save_unet(load_unet("mnist"), tmp_path / "another/mnist.safetensors")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("dear diary")
     (tmp_path / "file.txt").write_text("x")

@@ -165,7 +165,7 @@ def test_prompts_from_files(tmp_path):
     ("--weights bf16", "--weights bf16 needs --amp bf16"),
     ("--batch-size 24 --accumulate 16", "--batch-size 24 must be a multiple of 16"),
     ("--mode negative --sd folder --forget red green blue yellow pink white --retain-prompts {prompts}", "leave some"),
-    ("--init-generator mnist", "no network of the teacher's configuration"),
+    ("--init-generator mnist --init-fake-score mnist", "no network of the teacher's configuration"),
 ])
 def test_bad_input_gets_one_line_and_status_2(words, message, sd_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,56 @@
+"""What a method begins with: the teacher that the user named, and in two-stage SFD the pair distilled from it."""
+
+from pathlib import Path
+
+from convert import Config, locate, read
+from fetch import fetch
+from run import checksum
+from unet import WEIGHTS, load_unet
+
+
+def load_teacher(source):
+    """The U-Net of whatever the user named: a shipped name, a file of ours, or anything that this file can fetch and
+    read, without a copy being written. ValueError or OSError when it is none, or a one-step generator."""
+    found = fetch(source)
+    shipped = (WEIGHTS / f"{found}.safetensors").is_file()
+    ours = str(found).endswith(".safetensors") and not (Path(found).parent / "config.json").is_file()
+    if found == str(source) and (shipped or ours or not Path(found).exists()):
+        unet = load_unet(found)  # or says what would be right
+    else:
+        path = locate(Path(found))
+        unet, facts = read(Config(str(found)), path)
+        unet.path, unet.card = path, getattr(unet, "card", facts)
+    if "t_init" in unet.card:
+        raise ValueError(f"{source} is a one-step generator, no teacher; give the diffusion model that it is made from")
+    return unet.eval()
+
+
+def read_pair(config, teacher):
+    """The generator and the fake score that theta and psi begin with: in two-stage SFD what a --forget none run left,
+    None and None in one-stage SFD, where both begin as copies of the teacher.
+
+    ValueError if one is given without the other, if they are not of one run or not of the teacher's configuration, or
+    if they were made for another t_init, or from a teacher that ships while this one is another."""
+    flags = {"--init-generator": config.init_generator, "--init-fake-score": config.init_fake_score}
+    one_stage = "--preset mnist-one-stage" if config.preset == "mnist" else " ".join(f"{flag} none" for flag in flags)
+    instead = f"; {one_stage} begins with the teacher itself"
+    if set(flags.values()) == {"none"}:
+        return None, None
+    if "none" in flags.values():
+        raise ValueError("--init-generator and --init-fake-score: give the two files of one run" + instead)
+    generator, fake_score = pair = [load_unet(source) for source in flags.values()]
+    for (flag, source), network in zip(flags.items(), pair):
+        if network.config != teacher.config:
+            raise ValueError(f"{flag} {source} is no network of the teacher's configuration{instead}")
+        if ("t_init" in network.card) != (network is generator):
+            raise ValueError(f"{flag} {source} is {'a' if 't_init' in network.card else 'no'} generator, by its card")
+    if generator.card["t_init"] != config.t_init:
+        made = generator.card["t_init"]
+        raise ValueError(f"{config.init_generator} was made for --t-init {made}, not {config.t_init}{instead}")
+    run, other = ({k: v for k, v in network.card.items() if k not in ("t_init", "what")} for network in pair)
+    if run != other:
+        raise ValueError(f"{' and '.join(flags.values())} are not of one run, by their cards")
+    shipped = WEIGHTS / f"{run.get('teacher')}.safetensors"
+    if shipped.is_file() and checksum(shipped) != checksum(teacher.path):
+        raise ValueError(f"{config.init_generator} was distilled from {shipped.stem}, not {config.teacher}{instead}")
+    return generator, fake_score
