@@ -3,7 +3,7 @@
 python results/all_classes.py ddpm_sfd                      # into results/ddpm_sfd-mnist/; what is there already is kept
 python results/all_classes.py vdu --seeds 2 3 4 --jobs 2    # into results/vdu-mnist/; two runs at a time, one core each
 python results/all_classes.py sd_sfd                        # into results/sd_sfd-tiny/: three digits, three colours, two pairs
-python results/all_classes.py ddpm_sfd --into ddpm_sfd-mnist-long --steps 960    # other flags are the method's own
+python results/all_classes.py ddpm_sfd --into ddpm_sfd-mnist-one-stage --preset mnist-one-stage    # other flags are the method's own
 """
 
 import argparse

@@ -84,15 +84,14 @@ def all_classes(folder="ddpm_sfd-mnist", flags=""):
     return lines
 
 
-def two_stages():
-    return all_classes("ddpm_sfd-mnist-two-stage",
-                       " --into ddpm_sfd-mnist-two-stage --seeds 1 2 --preset mnist-two-stage")
+def one_stage():
+    return all_classes("ddpm_sfd-mnist-one-stage", " --into ddpm_sfd-mnist-one-stage --preset mnist-one-stage")
 
 
-SFD_SETTINGS = ("ddpm_sfd-mnist", "ddpm_sfd-mnist-two-stage", "ddpm_sfd-mnist-two-stage-alpha-1.2",
-                "ddpm_sfd-mnist-lambda-theta-0.5", "ddpm_sfd-mnist-long", "ddpm_sfd-mnist-long-lambda-0.5",
-                "ddpm_sfd-mnist-lambda-0.5", "ddpm_sfd-mnist-960-steps", "ddpm_sfd-mnist-t-max-600",
-                "ddpm_sfd-mnist-unguided")
+SFD_SETTINGS = ("ddpm_sfd-mnist", "ddpm_sfd-mnist-one-stage", "ddpm_sfd-mnist-earlier-pair",
+                "ddpm_sfd-mnist-earlier-pair-alpha-1.2", "ddpm_sfd-mnist-lambda-theta-0.5", "ddpm_sfd-mnist-long",
+                "ddpm_sfd-mnist-long-lambda-0.5", "ddpm_sfd-mnist-lambda-0.5", "ddpm_sfd-mnist-960-steps",
+                "ddpm_sfd-mnist-t-max-600", "ddpm_sfd-mnist-unguided")
 
 
 def aims(runs):
@@ -101,6 +100,12 @@ def aims(runs):
     reached = [(run["ua"] >= 0.995, run["retained_accuracy"] >= run["teacher_retained_accuracy"], ratio <= 1.1)
                for run, ratio in zip(runs, ratios)]
     return ratios, *(sum(column) for column in zip(*reached)), sum(map(all, reached))
+
+
+def beginning(folder, config):
+    if config["init_generator"] in ("", "none"):
+        return "the teacher"
+    return "the earlier pair" if "earlier-pair" in folder else "the distilled pair"
 
 
 def sfd_settings():
@@ -117,7 +122,7 @@ def sfd_settings():
         config = {"guidance": 1, "guidance_safe": 1} | runs[0]["config"]  # runs from before these had none
         ratios, ua, accuracy, fid, all_three = aims(runs)
         lines.append(
-            f"| {'the distilled pair' if config['init_generator'] not in ('', 'none') else 'the teacher'} | {config['steps']} "
+            f"| {beginning(folder, config)} | {config['steps']} "
             f"| {config['alpha']:g} | {config['lambda_generator']:g}, {config['lambda_fake_score']:g} "
             f"| {config['t_min']} to {config['t_max'] - 1} | {config['guidance']:g}, {config['guidance_safe']:g} "
             f"| {config['lr_generator']:g}, {config['lr_fake_score']:g} | {config['lr_end']:g} | {config['ema']:g} "
@@ -129,17 +134,19 @@ def sfd_settings():
 
 def stages():
     """From the teacher or in two stages, at equal digits and seeds: how many runs reach each aim, the mean and the worst."""
-    sets = {"two stages": "ddpm_sfd-mnist-two-stage", "two stages, as before": "ddpm_sfd-mnist-two-stage-alpha-1.2",
-            "from the teacher": "ddpm_sfd-mnist"}
+    sets = {"two stages, the default": "ddpm_sfd-mnist", "from the earlier pair": "ddpm_sfd-mnist-earlier-pair",
+            "the same, before": "ddpm_sfd-mnist-earlier-pair-alpha-1.2", "one stage, from the teacher": "ddpm_sfd-mnist-one-stage"}
     sets = {name: read(folder) for name, folder in sets.items()}
     common = set.intersection(*({(*run["forget"], run["seed"]) for run in runs} for runs in sets.values()))
-    lines = ["| | alpha | guidance | runs | UA at least 99.5% (mean, worst) | accuracy not below the teacher's (mean) "
-             "| FID at most 1.1 times the teacher's (mean, worst) | all three |", "|---" * 8 + "|"]
+    lines = ["| | alpha | guidance | lambda for theta | runs | UA at least 99.5% (mean, worst) "
+             "| accuracy not below the teacher's (mean) | FID at most 1.1 times the teacher's (mean, worst) | all three |",
+             "|---" * 9 + "|"]
     for name, runs in sets.items():
         runs = [run for run in runs if (*run["forget"], run["seed"]) in common]
         config, (ratios, ua, accuracy, fid, all_three) = runs[0]["config"], aims(runs)
         uas, accuracies = [100 * run["ua"] for run in runs], [100 * run["retained_accuracy"] for run in runs]
-        lines.append(f"| {name} | {config['alpha']:g} | {config['guidance']:g} | {len(runs)} "
+        lines.append(f"| {name} | {config['alpha']:g} | {config['guidance']:g} "
+                     f"| {config['lambda_generator']:g} | {len(runs)} "
                      f"| {ua} ({mean(uas):.1f}%, {min(uas):.1f}%) | {accuracy} ({mean(accuracies):.1f}%) "
                      f"| {fid} ({mean(ratios):.2f}, {max(ratios):.2f}) | {all_three} |")
     return lines
@@ -267,7 +274,7 @@ def one_stage_or_two():
     return [
         *lines,
         "",
-        f"{len(runs)} seeds; the teacher: {100 * accuracy:.1f}% and {fid:.3f}; earlier settings than the preset's. Made by "
+        f"{len(runs)} seeds; the teacher: {100 * accuracy:.1f}% and {fid:.3f}; earlier settings than those of `mnist-one-stage`. Made by "
         f"`python results/two_stage.py --steps {runs[0]['total_steps']} -- {flags}`, raw numbers in `results/two-stage/`.",
     ]
 
@@ -320,10 +327,10 @@ def sampling():
 
 
 PAGES = {
-    HERE.parent / "README.md": {"all-classes": all_classes, "two-stages": two_stages, "concepts": concepts, "vdu": vdu,
+    HERE.parent / "README.md": {"all-classes": all_classes, "concepts": concepts, "vdu": vdu,
                                 "step-time": step_time, "sampling": sampling},
-    HERE / "README.md": {"sfd-settings": sfd_settings, "one-stage-or-two": one_stage_or_two,
-                         "stages": stages, "vdu-settings": vdu_settings},
+    HERE / "README.md": {"sfd-settings": sfd_settings, "stages": stages, "one-stage": one_stage,
+                         "one-stage-or-two": one_stage_or_two, "vdu-settings": vdu_settings},
 }
 
 
