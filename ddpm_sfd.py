@@ -13,12 +13,14 @@ Models", ICLR 2025, arXiv 2409.11219.
 The idea. A diffusion teacher knows the score of every class. We distil it into a generator that needs one network
 call, and on the way we lie to it about one class: whenever that class is asked for, the teacher's score is taken for
 a safe class instead. The generator never sees an image, neither a real one nor the teacher's; only scores at noised
-versions of its own images. Two networks take turns. In one stage both begin as copies of the teacher, and distilling
-and forgetting go together. In two, the default here, both begin as such a run without a forgotten class has left them
-(that pair is in weights/), and only the forgetting is still to be done.
+versions of its own images. Two networks take turns:
 
     1. the fake score learns to denoise what the generator draws at present, so that it knows the generator's score;
     2. the generator moves its images to where the teacher's score and the fake score agree.
+
+In one stage both begin as copies of the teacher, and distilling and forgetting go together. In two, the default here,
+both begin as such a run without a forgotten class has left them (that pair is in weights/), and forgetting is what
+remains. The steps are the same.
 
 Where the two scores agree, the generator draws what the teacher would have drawn (asked with guidance k > 1 nearly,
 since guided scores at different t are of no one distribution): for a retained class the class itself, for a forgotten
@@ -82,8 +84,8 @@ class Config:
                          "own: with --preset mnist-one-stage")
     init_generator: str = option("mnist-distilled", "two-stage SFD: where theta begins, the generator of a --forget "
                                  "none run, a shipped name or a file; official CIFAR-10 run: none, the teacher")
-    init_fake_score: str = option("mnist-distilled-fake-score", "where psi begins, the fake score of that run; none: "
-                                  "the teacher")
+    init_fake_score: str = option("mnist-distilled-fake-score", "where psi begins, the fake score of that run; the "
+                                  "same holds of none")
     steps: int = option(280, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)
     batch_size: int = option(32, "images of retained classes a step, over all processes; official: 128", low=1)
     forget_batch_size: int = option(8, "images of forgotten classes a step; official: as many as retained ones", low=1)
