@@ -116,7 +116,8 @@ def make_card(run, path, **facts):
     makes it again: the flags that differ from the preset's settings, but for places."""
     settings = {k: v for k, v in run.settings.items() if k not in ("data", "out", "resume", "snapshots", "device")}
     usual = asdict(Config(run.config.what)) | PRESETS[run.config.what]
-    flags = [f"--{k.replace('_', '-')} {v}" for k, v in settings.items() if v != usual[k] and k != "save_every"]
+    changed = {k: v for k, v in settings.items() if v != usual[k] and k != "save_every"}
+    flags = [f"--{k.replace('_', '-')}" + f" {v}" * (v is not True) for k, v in changed.items()]
     return {
         "file": path.name,
         "sha256": checksum(path),

@@ -316,14 +316,17 @@ def step_time():
 
 
 def sampling():
-    r = json.loads((HERE / "sampling.json").read_text())
-    lines = ["| sampler | network calls | images a second |", "|---|---|---|"]
-    lines += [
-        f"| {name} | {row['network_calls']:,} | {row['images_per_second']:,.1f} |" for name, row in r["rows"].items()
-    ]
-    rounds = len(r["rows"]["generator, 1 call"]["seconds"])
-    made = "Made by `python benchmarks/sampling.py`."
-    return [*lines, "", f"{r['machine']}, {r['precision']}, batches of {r['batch']}, median of {rounds} rounds. {made}"]
+    """One row a sampler, one column a machine: a file of benchmarks/sampling.py each."""
+    runs = [json.loads(path.read_text()) for path in (HERE / "sampling.json", *sorted(HERE.glob("sampling-*.json")))]
+    names = [" ".join(r["machine"].split(",")[0].replace("(R)", "").split()[:3]) for r in runs]
+    lines = [f"| sampler | network calls |{''.join(f' images a second, {name} |' for name in names)}", "|---" * (2 + len(runs)) + "|"]
+    for name, row in runs[0]["rows"].items():
+        rates = "".join(f" {r['rows'][name]['images_per_second']:,.1f} |" for r in runs)
+        lines.append(f"| {name} | {row['network_calls']:,} |{rates}")
+    for r in runs:
+        rounds = len(r["rows"]["generator, 1 call"]["seconds"])
+        lines += ["", f"{r['machine']}, {r['precision']}, batches of {r['batch']}, median of {rounds} rounds."]
+    return [*lines[:-1], lines[-1] + " Made by `python benchmarks/sampling.py`."]
 
 
 PAGES = {

@@ -213,10 +213,10 @@ def test_the_cards_of_the_tiny_model_tell_the_truth(card, weights):
 
 
 def test_a_card_names_the_flags_that_made_it(tmp_path):
-    config = pretrain.Config(**{"what": "mnist"} | pretrain.PRESETS["mnist"] | {"steps": 7, "out": str(tmp_path / "run"), "device": "cpu"})
+    config = pretrain.Config(**{"what": "mnist"} | pretrain.PRESETS["mnist"] | {"steps": 7, "compile": True, "out": str(tmp_path / "run"), "device": "cpu"})
     (tmp_path / "x").write_bytes(b"1")
     card = pretrain.make_card(Run(config, ""), tmp_path / "x")
-    assert card["command"] == "python pretrain.py mnist --steps 7" and card["data"] == "MNIST"
+    assert card["command"] == "python pretrain.py mnist --steps 7 --compile" and card["data"] == "MNIST"
 
 
 @pytest.mark.parametrize("words, processes, message", [

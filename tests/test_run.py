@@ -485,9 +485,9 @@ def test_cuda_resume_is_exact(tmp_path):
 
 
 @pytest.mark.cuda
-def test_cuda_precisions_and_compilation_agree_with_float32(tmp_path):
-    variants = [dict(amp="bf16"), dict(amp="fp16"), dict(amp="off", compile=True), dict(amp="bf16", compile=True)]
-    on_device(tmp_path, "cuda", TOLERANCE, variants=variants)
+@pytest.mark.parametrize("words", [dict(amp="bf16"), dict(amp="fp16"), dict(amp="off", compile=True), dict(amp="bf16", compile=True)])
+def test_cuda_precisions_and_compilation_agree_with_float32(tmp_path, words):
+    on_device(tmp_path, "cuda", TOLERANCE, variants=[words])
 
 
 def test_bfloat16_agrees_with_float32_and_resumes(tmp_path):
