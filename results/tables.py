@@ -88,8 +88,8 @@ def one_stage():
     return all_classes("ddpm_sfd-mnist-one-stage", " --into ddpm_sfd-mnist-one-stage --preset mnist-one-stage")
 
 
-SFD_SETTINGS = ("ddpm_sfd-mnist", "ddpm_sfd-mnist-one-stage", "ddpm_sfd-mnist-earlier-pair",
-                "ddpm_sfd-mnist-earlier-pair-alpha-1.2", "ddpm_sfd-mnist-lambda-theta-0.5", "ddpm_sfd-mnist-long",
+SFD_SETTINGS = ("ddpm_sfd-mnist", "ddpm_sfd-mnist-one-stage", "ddpm_sfd-mnist-240-steps",
+                "ddpm_sfd-mnist-earlier-pair", "ddpm_sfd-mnist-earlier-pair-alpha-1.2", "ddpm_sfd-mnist-lambda-theta-0.5", "ddpm_sfd-mnist-long",
                 "ddpm_sfd-mnist-long-lambda-0.5", "ddpm_sfd-mnist-lambda-0.5", "ddpm_sfd-mnist-960-steps",
                 "ddpm_sfd-mnist-t-max-600", "ddpm_sfd-mnist-unguided")
 
@@ -134,18 +134,20 @@ def sfd_settings():
 
 def stages():
     """From the teacher or in two stages, at equal digits and seeds: how many runs reach each aim, the mean and the worst."""
-    sets = {"two stages, the default": "ddpm_sfd-mnist", "from the earlier pair": "ddpm_sfd-mnist-earlier-pair",
-            "the same, before": "ddpm_sfd-mnist-earlier-pair-alpha-1.2", "one stage, from the teacher": "ddpm_sfd-mnist-one-stage"}
+    sets = {"two stages, the default": "ddpm_sfd-mnist", "fewer steps, larger rates": "ddpm_sfd-mnist-240-steps",
+            "from the earlier pair": "ddpm_sfd-mnist-earlier-pair",
+            "from that, before": "ddpm_sfd-mnist-earlier-pair-alpha-1.2", "one stage, from the teacher": "ddpm_sfd-mnist-one-stage"}
     sets = {name: read(folder) for name, folder in sets.items()}
     common = set.intersection(*({(*run["forget"], run["seed"]) for run in runs} for runs in sets.values()))
-    lines = ["| | alpha | guidance | lambda for theta | runs | UA at least 99.5% (mean, worst) "
+    lines = ["| | steps | rates, theta and psi | alpha | guidance | lambda for theta | runs | UA at least 99.5% (mean, worst) "
              "| accuracy not below the teacher's (mean) | FID at most 1.1 times the teacher's (mean, worst) | all three |",
-             "|---" * 9 + "|"]
+             "|---" * 11 + "|"]
     for name, runs in sets.items():
         runs = [run for run in runs if (*run["forget"], run["seed"]) in common]
         config, (ratios, ua, accuracy, fid, all_three) = runs[0]["config"], aims(runs)
         uas, accuracies = [100 * run["ua"] for run in runs], [100 * run["retained_accuracy"] for run in runs]
-        lines.append(f"| {name} | {config['alpha']:g} | {config['guidance']:g} "
+        lines.append(f"| {name} | {config['steps']} | {config['lr_generator']:g}, {config['lr_fake_score']:g} "
+                     f"| {config['alpha']:g} | {config['guidance']:g} "
                      f"| {config['lambda_generator']:g} | {len(runs)} "
                      f"| {ua} ({mean(uas):.1f}%, {min(uas):.1f}%) | {accuracy} ({mean(accuracies):.1f}%) "
                      f"| {fid} ({mean(ratios):.2f}, {max(ratios):.2f}) | {all_three} |")
