@@ -62,13 +62,14 @@ from unet import VPSchedule, ddim_sample, guided_noise, save_unet
 ONE_STAGE = dict(init_generator="none", init_fake_score="none")  # theta and psi begin as copies of the teacher
 OFFICIAL = ONE_STAGE | dict(  # the settings of the official code's CIFAR-10 run
     steps=50_000, batch_size=128, forget_batch_size=128, lr_generator=1e-5, lr_fake_score=1e-5, lr_end=1.0, alpha=1.2,
-    lambda_generator=0.01, lambda_fake_score=0.01, t_init=440, t_min=38, t_max=712, ema=0.9999, clip_value=1.0,
-    guidance=1.0, guidance_safe=1.0, clip_images="off", classifier="none",
+    lambda_generator=0.01, lambda_fake_score=0.01, lambda_end=1.0, t_init=440, t_min=38, t_max=712, ema=0.9999,
+    clip_value=1.0, guidance=1.0, guidance_safe=1.0, clip_images="off", classifier="none",
 )
 PRESETS = {
     "mnist": {},  # the defaults below: two stages, the first of which is done; weights/mnist-distilled is what it left
     "mnist-one-stage": ONE_STAGE | dict(  # there is more to learn, hence larger rates; our choice, as the defaults are
-        lr_generator=5e-4, lr_fake_score=2e-3, alpha=1.2, guidance=1.2),
+        lr_generator=5e-4, lr_fake_score=2e-3, lambda_generator=0.25, lambda_fake_score=0.25, lambda_end=1.0, alpha=1.2,
+        guidance=1.2),
     "cifar10": OFFICIAL | dict(teacher="cifar10.safetensors"),
     "stl10": OFFICIAL | dict(teacher="stl10.safetensors", batch_size=64, forget_batch_size=64,
                              lr_fake_score=3e-5),
@@ -89,17 +90,19 @@ class Config:
     steps: int = option(280, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)
     batch_size: int = option(32, "images of retained classes a step, over all processes; official: 128", low=1)
     forget_batch_size: int = option(8, "images of forgotten classes a step; official: as many as retained ones", low=1)
-    lr_generator: float = option(3e-4, "learning rate of theta; official: 1e-5", low=0)
-    lr_fake_score: float = option(1.2e-3, "learning rate of psi; official: 1e-5, or 3e-5 in two stages and in plain "
+    lr_generator: float = option(4e-4, "learning rate of theta; official: 1e-5", low=0)
+    lr_fake_score: float = option(1.6e-3, "learning rate of psi; official: 1e-5, or 3e-5 in two stages and in plain "
                                   "distillation", low=0)
     lr_end: float = option(0.05, "share of both rates that is left at the end of a linear decay; official: 1, constant",
                            low=0, high=1)
     alpha: float = option(1.0, "alpha of (S3); official: 1.2")
     guidance: float = option(1.1, "k of (L1), the teacher's guidance; our choice; official: 1, none", low=0)
     guidance_safe: float = option(1.7, "the same where the teacher is asked for the safe class; official: 1", low=0)
-    lambda_generator: float = option(0.25, "lambda of (S5) for theta; 0.25: each of the 32 + 8 images counts alike; "
+    lambda_generator: float = option(0.5, "lambda of (S5) for theta; with 0.25 each of the 32 + 8 images counts alike; "
                                      "official: 0.01", low=0)
-    lambda_fake_score: float = option(0.25, "lambda of (S5) for psi; official: 0.01", low=0)
+    lambda_fake_score: float = option(0.5, "lambda of (S5) for psi; official: 0.01", low=0)
+    lambda_end: float = option(0.1, "share of both lambdas that is left at the end of a linear decay; our choice; "
+                               "official: 1, constant", low=0, high=1)
     t_init: int = option(440, "the noise level that the generator works at; official: 440", low=0, high=999)
     t_min: int = option(100, "first step t of (S2) and (S3); official: 38", low=0, high=999)
     t_max: int = option(712, "the step before which t ends in (S2) and (S3); official: 712", low=1, high=1000)
@@ -229,7 +232,9 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
     def draw_t_and_noise(x):
         return torch.randint(config.t_min, config.t_max, (len(x),), device=x.device), torch.randn_like(x)
 
-    for _ in run.loop(state, label="SFD"):
+    for step in run.loop(state, label="SFD"):
+        share = 1 - (1 - config.lambda_end) * step / config.steps  # of lambda: forget first, then mend what it cost
+
         # labels are drawn, images are the generator's own; retained and forgotten ones share one pass
         c, c_teacher = draw_labels(retained, forget, override, n_retained, n_forgotten)
         z = torch.randn(len(c), *teacher.image_shape, device=run.device)
@@ -244,7 +249,7 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
         t, noise = draw_t_and_noise(x_g)
         with run.autocast():
             loss = fake_score_loss(parallel_fake_score, x_g.detach(), t, c, noise, schedule)  # (S2)
-        loss_psi = total(loss, n_retained, config.lambda_fake_score)  # (S5)
+        loss_psi = total(loss, n_retained, share * config.lambda_fake_score)  # (S5)
         run.update("loss_psi", loss_psi, fake_score, optimizer_psi, config.clip_value)
 
         # 2. the generator moves to where teacher and fake score agree; both stand still, without dropout
@@ -253,7 +258,7 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
         with run.autocast():
             loss = generator_loss(
                 guided_teacher, fake_score, x_g, t, c_teacher, c, noise, schedule, config.alpha)  # (S3)
-        loss_theta = total(loss, n_retained, config.lambda_generator)  # (S5)
+        loss_theta = total(loss, n_retained, share * config.lambda_generator)  # (S5)
         run.update("loss_theta", loss_theta, generator, optimizer_theta, config.clip_value)
         ema.update_parameters(generator)
         for decay in decays:
