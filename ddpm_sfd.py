@@ -39,7 +39,7 @@ Glossary. The labels stand on the lines that do them; (D1) to (D3) and (L1) are 
                                    k (eps_phi(x_t, t, c') - eps_phi(x_t, t)); k = 1: eps_phi itself           (L1)
     alpha               alpha      how much of the difference f_phi - f_psi the second factor takes back   (S3)
     w                   w          the generator loss's weight, one for each image                   (S4)
-    lambda_*            lambda     the weight of the forgotten class beside the retained ones        (S5)
+    lambda_*            lambda     the weight of the forgotten class beside the retained ones; may fall (S5)
 
 Tensors are images (B, C, H, W) in [-1, 1], steps t (B,) in 0..999 and labels (B,).
 """

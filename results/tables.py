@@ -46,6 +46,12 @@ def spread(values, form):
     return form.format(mean(values)) + (f" ± {form.format(stdev(values))}" if len(values) > 1 else "")
 
 
+def lambdas(config, name):
+    """lambda of (S5) for theta or psi: 0.25, or where it falls, 0.5 to 0.05. Runs from before --lambda-end: constant."""
+    start, end = config[name], config[name] * config.get("lambda_end", 1)
+    return f"{start:g}" if end == start else f"{start:g} to {end:g}"
+
+
 def all_classes(folder="ddpm_sfd-mnist", flags=""):
     """One row a forgotten class: mean and standard deviation over seeds, the worst seed beside it.
 
@@ -75,8 +81,8 @@ def all_classes(folder="ddpm_sfd-mnist", flags=""):
     lines += [
         "",
         f"{seeds(runs).capitalize()}; {first['images_per_class']} images of each class; {config['steps']} steps, "
-        f"alpha {config['alpha']:g}, lambda {config['lambda_generator']:g} for theta and {config['lambda_fake_score']:g} for psi, t from "
-        f"{config['t_min']} to below {config['t_max']}, guidance {config['guidance']:g} ({config['guidance_safe']:g} towards "
+        f"alpha {config['alpha']:g}, lambda {lambdas(config, 'lambda_generator')} for theta and "
+        f"{lambdas(config, 'lambda_fake_score')} for psi, t from {config['t_min']} to below {config['t_max']}, guidance {config['guidance']:g} ({config['guidance_safe']:g} towards "
         f"the safe class); {where(runs)}; FID of real test images, for scale: "
         f"{first['real_test_fid']:.4f} without class {first['forget'][0]}. "
         f"Made by `python results/all_classes.py ddpm_sfd{flags}`, raw numbers in `results/{folder}/`.",
@@ -88,7 +94,7 @@ def one_stage():
     return all_classes("ddpm_sfd-mnist-one-stage", " --into ddpm_sfd-mnist-one-stage --preset mnist-one-stage")
 
 
-SFD_SETTINGS = ("ddpm_sfd-mnist", "ddpm_sfd-mnist-one-stage", "ddpm_sfd-mnist-240-steps",
+SFD_SETTINGS = ("ddpm_sfd-mnist", "ddpm_sfd-mnist-one-stage", "ddpm_sfd-mnist-lambda-0.25", "ddpm_sfd-mnist-240-steps",
                 "ddpm_sfd-mnist-earlier-pair", "ddpm_sfd-mnist-earlier-pair-alpha-1.2", "ddpm_sfd-mnist-lambda-theta-0.5", "ddpm_sfd-mnist-long",
                 "ddpm_sfd-mnist-long-lambda-0.5", "ddpm_sfd-mnist-lambda-0.5", "ddpm_sfd-mnist-960-steps",
                 "ddpm_sfd-mnist-t-max-600", "ddpm_sfd-mnist-unguided")
@@ -123,7 +129,7 @@ def sfd_settings():
         ratios, ua, accuracy, fid, all_three = aims(runs)
         lines.append(
             f"| {beginning(folder, config)} | {config['steps']} "
-            f"| {config['alpha']:g} | {config['lambda_generator']:g}, {config['lambda_fake_score']:g} "
+            f"| {config['alpha']:g} | {lambdas(config, 'lambda_generator')}, {lambdas(config, 'lambda_fake_score')} "
             f"| {config['t_min']} to {config['t_max'] - 1} | {config['guidance']:g}, {config['guidance_safe']:g} "
             f"| {config['lr_generator']:g}, {config['lr_fake_score']:g} | {config['lr_end']:g} | {config['ema']:g} "
             f"| {runs[0]['amp']} | {len(runs)} "
@@ -134,7 +140,8 @@ def sfd_settings():
 
 def stages():
     """From the teacher or in two stages, at equal digits and seeds: how many runs reach each aim, the mean and the worst."""
-    sets = {"two stages, the default": "ddpm_sfd-mnist", "fewer steps, larger rates": "ddpm_sfd-mnist-240-steps",
+    sets = {"two stages, the default": "ddpm_sfd-mnist", "a constant lambda": "ddpm_sfd-mnist-lambda-0.25",
+            "fewer steps, larger rates": "ddpm_sfd-mnist-240-steps",
             "from the earlier pair": "ddpm_sfd-mnist-earlier-pair",
             "from that, before": "ddpm_sfd-mnist-earlier-pair-alpha-1.2", "one stage, from the teacher": "ddpm_sfd-mnist-one-stage"}
     sets = {name: read(folder) for name, folder in sets.items()}
@@ -148,7 +155,7 @@ def stages():
         uas, accuracies = [100 * run["ua"] for run in runs], [100 * run["retained_accuracy"] for run in runs]
         lines.append(f"| {name} | {config['steps']} | {config['lr_generator']:g}, {config['lr_fake_score']:g} "
                      f"| {config['alpha']:g} | {config['guidance']:g} "
-                     f"| {config['lambda_generator']:g} | {len(runs)} "
+                     f"| {lambdas(config, 'lambda_generator')} | {len(runs)} "
                      f"| {ua} ({mean(uas):.1f}%, {min(uas):.1f}%) | {accuracy} ({mean(accuracies):.1f}%) "
                      f"| {fid} ({mean(ratios):.2f}, {max(ratios):.2f}) | {all_three} |")
     return lines
