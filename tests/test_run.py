@@ -443,7 +443,8 @@ torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def sfd(name, init_scale=2.0 ** 16, **words):
-    settings = dict(batch_size=8, forget_batch_size=4, lr_end=1.0, save_every=3)  # rates that do not depend on the steps
+    constant = dict(lr_end=1.0, lambda_end=1.0)  # else they depend on the number of steps
+    settings = constant | dict(batch_size=8, forget_batch_size=4, save_every=3)
     config = Config(device={device!r}, out={out!r} + "/" + name, **settings, **words)
     run = Run(config, "")
     run.scaler = torch.amp.GradScaler(run.device.type, init_scale=init_scale, enabled=run.scaler.is_enabled())
