@@ -82,7 +82,8 @@ def all_classes(folder="ddpm_sfd-mnist", flags=""):
         "",
         f"{seeds(runs).capitalize()}; {first['images_per_class']} images of each class; {config['steps']} steps, "
         f"alpha {config['alpha']:g}, lambda {lambdas(config, 'lambda_generator')} for theta and "
-        f"{lambdas(config, 'lambda_fake_score')} for psi, t from {config['t_min']} to below {config['t_max']}, guidance {config['guidance']:g} ({config['guidance_safe']:g} towards "
+        f"{lambdas(config, 'lambda_fake_score')} for psi, t from "
+        f"{config['t_min']} to below {config['t_max']}, guidance {config['guidance']:g} ({config['guidance_safe']:g} towards "
         f"the safe class); {where(runs)}; FID of real test images, for scale: "
         f"{first['real_test_fid']:.4f} without class {first['forget'][0]}. "
         f"Made by `python results/all_classes.py ddpm_sfd{flags}`, raw numbers in `results/{folder}/`.",
