@@ -7,7 +7,7 @@ Models", ICLR 2025, arXiv 2409.11219.
     python ddpm_sfd.py --forget 3 --override 8        # who asks for a 3 gets an 8
     python ddpm_sfd.py --forget 0 1 --override random
     python ddpm_sfd.py --forget 0 --preset mnist-one-stage       # from the teacher itself
-    python ddpm_sfd.py --forget none --preset mnist-one-stage    # plain one-step distillation (SiD)
+    python ddpm_sfd.py --forget none --preset mnist-one-stage    # one-step distillation alone (SiD, here with guidance)
     torchrun --nproc-per-node 2 ddpm_sfd.py --forget 0
 
 The idea. A diffusion teacher knows the score of every class. We distil it into a generator that needs one network

@@ -27,9 +27,9 @@ and of a network that is not asked for a class:
     confidence          mean probability that the classifier gives to what it sees; does not give noise away
 
 On MNIST, features are the 128 of the classifier's penultimate layer, so the distances compare with nobody's Inception
-FID, only with each other: each report has the teacher's own and that of real test images (the floor) beside it. All
-classes weigh the same, but where real ones have MNIST's own proportions: in u_fid, where generated ones have those that
-were drawn, in precision and in recall. All images are rounded to 8 bits before the classifier sees them.
+FID, only with each other: each report has the teacher's own and that of real test images (the floor) beside it. In fid
+all classes weigh the same. In u_fid real images have MNIST's own proportions, and generated ones those that were drawn;
+in precision and recall real ones have MNIST's. All images are rounded to 8 bits before the classifier sees them.
 
 --features inception is for CIFAR-10 and STL-10: the 2,048 of the FID Inception (inception.py), 5,000 images a class,
 the training images of the retained classes as reference, taken from --data once and kept there in a file. Accuracies
@@ -70,10 +70,14 @@ from unet import VPSchedule, ddim_sample, load_unet, read_tensors
 
 
 def parse_classes(text, count, flag="--forget"):
-    """'0', '0,3', '0 3' or 'none' -> sorted list of classes. ValueError for anything that is not a class."""
-    words = [w for w in text.replace(",", " ").split() if w != "none"]
+    """'0', '0,3' or '0 3' -> sorted list of classes; 'none' -> []. ValueError for anything that is not a class."""
+    words = text.replace(",", " ").split()
+    if words == ["none"]:
+        return []
+    if not words:
+        raise ValueError(f"{flag} names no class; give some of 0..{count - 1}, or none")
     for word in words:
-        if not word.isdigit() or int(word) >= count:
+        if not word.isdecimal() or int(word) >= count:
             raise ValueError(f"{flag} {word}: the classes are 0..{count - 1}")
     return sorted({int(w) for w in words})
 
@@ -134,8 +138,9 @@ def evaluate_unconditional(sample, judge, forget, n=2000, teacher=None, teacher_
     u_fid         of all n images against real images of the retained classes, in the proportions of the real ones
     teacher_fid   of the teacher's images, without those that the classifier sees as forgotten, against the same: as
                   good as one can get by leaving out. `teacher_u_fid` is of all its images, the forgotten ones included
-    balanced_fid  the same with all retained classes weighed alike, in the images and in the reference: what is left of
-                  u_fid when it does not count how often each class is drawn. A class never drawn counts as features 0
+    balanced_fid  of the images that the classifier sees as a retained class, these classes weighed alike, in the images
+                  and in the reference: it counts neither how often each class is drawn nor what is still seen as
+                  forgotten. A class never drawn counts as features 0
     teacher, teacher_sample: the network and its sampler. The shipped teacher's numbers come with the statistics when n,
     seed and dtype, the samplers', are those of the statistics; otherwise its images are drawn too, once a process.
     """
@@ -349,6 +354,9 @@ def choose_kind(config, unet):
     kind = config.sampler if config.sampler != "auto" else "one-step" if "t_init" in unet.card else "ddim"
     if kind == "one-step" and "t_init" not in unet.card:
         raise ValueError(f"--sampler one-step: {config.checkpoint} is no distilled generator (its card has no t_init)")
+    if config.eta and kind != "ddim" or config.guidance and kind == "one-step":
+        flags = "--eta" if kind == "ancestral" else "--eta and --guidance"
+        raise ValueError(f"{config.checkpoint} is sampled by {kind}, which knows nothing of {flags}; leave that out")
     return kind
 
 
@@ -392,6 +400,10 @@ def main(config):
     with refusing():
         if not Path(config.out).parent.is_dir():
             raise ValueError(f"--out {config.out}: there is no folder {Path(config.out).parent}; make it first")
+        if config.out and Path(config.out).is_dir():
+            raise ValueError(f"--out {config.out} is a folder; give the name of a file")
+        if config.per_class == 1:
+            raise ValueError("--per-class 1: distances need two images of each class at least")
         unet = load_unet(config.checkpoint).to(device)
     if unet.text_dim is not None:
         return main_of_concepts(config, unet, device)

@@ -114,7 +114,8 @@ class Judge:
         shape, classes = self.classifier.image_shape, self.classifier.config["classes"]
         if unet.image_shape != shape or unet.num_classes not in (None, classes):
             raise ValueError(f"{unet.path} draws {unet.num_classes or 'unknown'} classes of {unet.image_shape}; the "
-                             f"classifier reads {classes} of shape {shape}, so give --classifier none")
+                             f"classifier reads {classes} of shape {shape}; give --classifier none (to eval.py: "
+                             "--features inception)")
         self.statistics, self.facts = None, {}
         if isinstance(self.classifier, Classifier):
             self.statistics, self.facts = load_statistics(statistics)

@@ -223,7 +223,8 @@ OURS = {  # what may lie in the folder of a run; the last is a Mac's doing
     "config.json", "metrics.json", "checkpoint.pt", "curves.png", "samples_before.png", "samples_after.png",
     "generator.safetensors", "fake_score.safetensors", "unlearned.safetensors", ".DS_Store",
 }
-MAY_CHANGE = {"steps", "resume", "out", "device", "save_every", "compile"}  # between a run and its resumption
+# between a run and its resumption; rates and lambda that fall over `steps` fall over the new number from there on
+MAY_CHANGE = {"steps", "resume", "out", "device", "save_every", "compile"}
 
 
 def linear_decay(optimizer, end, steps):

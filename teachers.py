@@ -47,7 +47,8 @@ def read_pair(config, teacher):
     if generator.card["t_init"] != config.t_init:
         made = generator.card["t_init"]
         raise ValueError(f"{config.init_generator} was made for --t-init {made}, not {config.t_init}{instead}")
-    run, other = ({k: v for k, v in network.card.items() if k not in ("t_init", "what")} for network in pair)
+    own = ("t_init", "what", "method", "network", "weights")  # what a card says of the file, not of the run
+    run, other = ({k: v for k, v in network.card.items() if k not in own} for network in pair)
     if run != other:
         raise ValueError(f"{' and '.join(flags.values())} are not of one run, by their cards")
     shipped = WEIGHTS / f"{run.get('teacher')}.safetensors"

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import convert
-from teachers import load_teacher
+import ddpm_sfd
+from teachers import load_teacher, read_pair
 from unet import load_unet, save_unet
 
 # ---------------------------------------------------------------------------- the reference network
@@ -237,6 +238,18 @@ def test_every_container_gives_the_network_that_was_asked_for(
     for words in (f"list of {items} items", "channels 32, multipliers [1, 2, 2, 2], blocks 1", "attention_at [16]",
                   f"{len(networks[network].state_dict())}, all of them used", f"{parameters:,}, all of them filled"):
         assert words in printed
+
+
+@pytest.mark.parametrize("items", [5, 6])
+def test_what_a_list_holds_of_one_run_begins_the_second_stage(items, networks, tmp_path):
+    torch.save(container(items, networks), tmp_path / "ckpt.pth")
+    files = [tmp_path / f"{part}.safetensors" for part in ("generator", "fake-score")]
+    for file in files:
+        run(tmp_path / "ckpt.pth", file, "--part", file.stem)
+    config = ddpm_sfd.Config(init_generator=str(files[0]), init_fake_score=str(files[1]))
+    generator, fake_score = read_pair(config, teacher=load_unet(files[1]))
+    agree(generator, networks["EMA" if items == 6 else "generator"])
+    agree(fake_score, networks["fake score"])
 
 
 @pytest.mark.parametrize("shape, size, words", [

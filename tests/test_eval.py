@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import random_unet, write_mnist
+from conftest import ROOT, random_unet, write_mnist
 
 import eval as evaluation
 import metrics
@@ -401,10 +401,24 @@ def test_parse_classes(text, classes):
     assert evaluation.parse_classes(text, 10) == classes
 
 
-@pytest.mark.parametrize("text", ["10", "-1", "x", "1.5"])
+@pytest.mark.parametrize("text", ["10", "-1", "x", "1.5", "", ",", "none 0", "\N{SUPERSCRIPT TWO}"])
 def test_parse_classes_refuses(text):
     with pytest.raises(ValueError, match="0..9"):
         evaluation.parse_classes(text, 10)
+
+
+@pytest.mark.parametrize("words, says", [
+    ("mnist-distilled --guidance 2", "sampled by one-step, which knows nothing of --eta and --guidance"),
+    ("mnist-distilled --eta 1", "sampled by one-step"),
+    ("mnist --sampler ancestral --eta 1", "sampled by ancestral, which knows nothing of --eta"),
+    ("mnist --per-class 1", "two images of each class"),
+    ("mnist --out tests", "--out tests is a folder"),
+])
+def test_flags_that_would_change_nothing_or_lose_everything_are_refused_before_the_work(words, says, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as exit:
+        evaluation.main(evaluation.parse(evaluation.Config, "", None, words.split()))
+    assert exit.value.code == 2 and says in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ concepts
