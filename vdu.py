@@ -82,7 +82,7 @@ class Config:
     preset: str = option("mnist", "settings to start from", choices=list(PRESETS))
     forget: str = option("1", "class or classes to forget", nargs="+")
     sd: str = option("", "feature unlearning in a text-to-image model: tiny-sd, or a folder as the hub serves Stable "
-                     "Diffusion 1.x; --forget is then a word or a phrase")
+                     "Diffusion 1.x, with --preset tiny-sd; --forget is then a word or a phrase")
     prompt: str = option("", "--sd: what pictures of a folder are called; the forgotten phrase if not given", nargs="+",
                         joint=" ")
     data: str = option("auto", "the undesired images: a folder with MNIST, CIFAR-10, tiny ImageNet or pictures; "
@@ -106,7 +106,7 @@ class Config:
                             choices=["bound", "simple"])
     reduction: str = option("mean", "A and B: sums over pixels, steps and weights, as (V3) and (V4) say, or means; "
                             "over images A is a mean in both; our choice", choices=["mean", "sum"])
-    sigma_floor: float = option(1e-4, "no sigma* is taken for less; our choice", low=0)
+    sigma_floor: float = option(1e-4, "no sigma* is taken for less; our choice", low=1e-12)
     covariance: str = option("posterior", "identity: all weights have the same variance, the mean one; to compare",
                              choices=["posterior", "identity"])
     t_min: int = option(300, "first step of (V3); our choice", low=0, high=999)
@@ -265,7 +265,8 @@ def undesired_images(source, forget, shape, n=0, seed=0):
     """D_f: `n` images (0: all) of the classes `forget`, (N, C, H, W) in [-1, 1], and in words where they come from.
 
     source: a folder that holds MNIST, CIFAR-10, tiny ImageNet or pictures; "teacher"; "auto". Of the other classes no
-    image is taken, and where images are files, none is opened. ValueError or OSError where none of `shape` can be had.
+    image is taken, and where images are files, none is opened. forget None: a folder of pictures, whatever they show.
+    ValueError or OSError where none of `shape` can be had.
     """
     if source == "auto":
         try:
@@ -291,7 +292,7 @@ def undesired_images(source, forget, shape, n=0, seed=0):
     if source != "data" and not folder.is_dir():
         raise OSError(f"--data {source} is no folder")
     pictures = sorted(p for p in folder.glob("[!.]*") if p.suffix.lower() in PICTURES)
-    if (folder / "wnids.txt").is_file():  # tiny ImageNet: class k is the k-th line of wnids.txt
+    if forget and (folder / "wnids.txt").is_file():  # tiny ImageNet: class k is the k-th line of wnids.txt
         names = (folder / "wnids.txt").read_text().split()
         if max(forget) >= len(names):
             raise ValueError(f"--forget {max(forget)}: {source} has the classes 0..{len(names) - 1}")
@@ -299,9 +300,10 @@ def undesired_images(source, forget, shape, n=0, seed=0):
     if pictures:
         images = torch.stack([read_picture(pictures[i], shape) for i in some(len(pictures))]) / 127.5 - 1
     else:
-        known = {(1, 28, 28): ("MNIST", mnist), (3, 32, 32): ("cifar-10-batches-py", cifar10)}
+        known = {(1, 28, 28): ("MNIST", mnist), (3, 32, 32): ("cifar-10-batches-py", cifar10)} if forget else {}
         if shape not in known or source != "data" and not (folder / known[shape][0]).is_dir():
-            raise ValueError(f"--data {source} holds no pictures ({' '.join(sorted(PICTURES))}) or data set of {shape}")
+            raise ValueError(f"--data {source} holds no pictures ({' '.join(sorted(PICTURES))})"
+                             + (f" or data set of {shape}" if forget else ""))
         images, labels = known[shape][1](folder, train=True)
         images = images[torch.isin(labels, torch.tensor(forget))]
         images = images[some(len(images))]
@@ -315,7 +317,7 @@ def undesired_pictures(config, sd, concept):
     when there are no such prompts or pictures."""
     side = sd.unet.config["image_size"] * 2 ** (len(sd.vae.config["block_out_channels"]) - 1)
     if config.data not in ("auto", "teacher"):
-        pictures, origin = undesired_images(config.data, [0], (3, side, side), config.images, config.seed)
+        pictures, origin = undesired_images(config.data, None, (3, side, side), config.images, config.seed)
         return pictures, [config.prompt or concept] * len(pictures), origin
     prompts, n = [prompt for prompt in every_prompt() if contains(prompt, concept)], config.images or 100
     if config.sd != "tiny-sd" or not prompts:
@@ -358,6 +360,10 @@ def main_of_sd(config):
     """Feature unlearning in a text-to-image model: the same method on its latents, each under its text."""
     concept = config.forget.replace(",", " ").strip()
     with refusing():
+        if config.preset == "mnist":
+            raise ValueError("--sd goes with --preset tiny-sd, whose settings are meant for it; give that too")
+        if concept == "none":
+            raise ValueError("--forget none: there is nothing to do")
         if config.sd == "tiny-sd":
             check_drawn(concept)
         sd = load_stable_diffusion(config.sd)
@@ -368,7 +374,7 @@ def main_of_sd(config):
     if run.rank == 0:
         print(f"undesired: {origin}")
     sd = sd.to(run.device)
-    judge = ConceptJudge().to(run.device) if config.sd == "tiny-sd" else None
+    judge = ConceptJudge().to(run.device) if config.sd == "tiny-sd" and config.classifier != "none" else None
     with torch.no_grad():
         latents = torch.cat([sd.vae.latents(some.to(run.device)) for some in pictures.split(8)])
         texts = sd.embed(names)
@@ -381,10 +387,10 @@ def main_of_sd(config):
     if run.rank == 0:
         save_unet(unet, run.folder / "unlearned.safetensors", method="VDU", forget=concept, sd=config.sd,
                   gamma=config.gamma, steps=run.step, seed=config.seed)
-        others = every_prompt()[::71] if judge else [""]
+        others = every_prompt()[::71] if config.sd == "tiny-sd" else [""]
         rows = list(dict.fromkeys(names))[:4] + [prompt for prompt in others if not contains(prompt, concept)]
         with torch.no_grad():
-            c = sd.embed(rows).repeat_interleave(8 if judge else 2, dim=0)
+            c = sd.embed(rows).repeat_interleave(8 if config.sd == "tiny-sd" else 2, dim=0)
             for name, network in (("before", teacher), ("after", unet)):
                 drawn, _ = generate(guided_sampler(sd, network), c, unet.image_shape, config.seed, run.device, 80)
                 prompt_grid(drawn, rows, run.folder / f"samples_{name}.png", f"{name} VDU",

@@ -628,7 +628,7 @@ def test_a_feature_is_forgotten_from_a_folder_of_pictures(sd_folder, tmp_path):
     (tmp_path / "pictures").mkdir()
     for i in range(3):
         write_png(torch.randint(0, 256, (3, 20, 18), dtype=torch.uint8), str(tmp_path / "pictures" / f"{i}.png"))
-    done = inside(f"vdu.py --sd {sd_folder} --forget red --data pictures --posterior posterior.safetensors --steps 4 "
+    done = inside(f"vdu.py --preset tiny-sd --sd {sd_folder} --forget red --data pictures --posterior posterior.safetensors --steps 4 "
                   "--stop-at 0 --batch-size 8 --device cpu --amp off --out out", tmp_path)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
@@ -647,13 +647,25 @@ def test_a_feature_is_forgotten_from_a_folder_of_pictures(sd_folder, tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
-    ("--sd {sd} --forget red --posterior mnist-unconditional-posterior", "is of another network"),
-    ("--sd nowhere --forget red", "no folder 'nowhere'"),
-    ("--sd {sd} --forget red --t-min 700", "--t-min 700 must be below"),
+    ("--preset tiny-sd --sd {sd} --forget red --posterior mnist-unconditional-posterior", "is of another network"),
+    ("--preset tiny-sd --sd nowhere --forget red", "no folder 'nowhere'"),
+    ("--preset tiny-sd --sd {sd} --forget red --t-min 900", "--t-min 900 must be below"),
+    ("--preset tiny-sd --forget none", "there is nothing to do"),
+    ("--preset tiny-sd --data data", "--data data holds no pictures"),
+    ("--sd {sd} --forget red", "give that too"),
 ])
-def test_features_bad_input_gets_one_line(sd_folder, tmp_path, words, message):
+def test_features_bad_input_gets_one_line(sd_folder, tmp_path, monkeypatch, words, message):
+    monkeypatch.setattr(vdu, "cifar10", lambda *_, **__: pytest.fail("a word is no class of a data set"))
     done = inside("vdu.py " + words.format(sd=sd_folder), tmp_path)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_without_a_classifier_the_tiny_model_is_unlearned_and_not_judged(tmp_path, monkeypatch):
+    monkeypatch.setattr(vdu, "guided_sampler", lambda *_: lambda z, c, noise=None: torch.zeros(len(z), 3, 32, 32))
+    monkeypatch.setattr(vdu, "ConceptJudge", lambda: pytest.fail("nobody asked"))
+    done = inside("vdu.py --preset tiny-sd --classifier none --steps 0 --images 2 --device cpu --out out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "pul" not in json.loads((tmp_path / "out/metrics.json").read_text()) and (tmp_path / "out/samples_after.png").exists()
 
 
 def test_features_are_drawn_by_the_model_itself_where_nobody_brings_pictures():
@@ -724,7 +736,7 @@ def test_the_latents_that_are_unlearned_are_scaled(sd_folder, tmp_path, monkeypa
     write_tensors(tmp_path / "p.safetensors", "posterior", variance)
     monkeypatch.setattr(vdu, "undesired_pictures", lambda *_: (pictures, ["red", "a red three"], "here"))
     monkeypatch.setattr(vdu, "train", lambda *args: given.append(args[4:]) or train(*args))
-    done = inside("vdu.py --sd sd --forget red --posterior p.safetensors --steps 0 --device cpu --amp off --out out", tmp_path)
+    done = inside("vdu.py --preset tiny-sd --sd sd --forget red --posterior p.safetensors --steps 0 --device cpu --amp off --out out", tmp_path)
     assert done.returncode == 0, done.stderr
     [(latents, schedule, texts)] = given
     torch.testing.assert_close(latents, sd.vae.latents(pictures).detach())
