@@ -37,7 +37,7 @@ from features import Classifier, ResNet34
 from run import MAY_CHANGE, Run, checksum, commit, machine, option, parse, refuse, refusing, write_json
 from stable_diffusion import Autoencoder, load_stable_diffusion, save_stable_diffusion
 from teachers import load_teacher
-from unet import UNet, VPSchedule, read_tensors, save_unet, write_tensors
+from unet import UNet, VPSchedule, read_tensors, save_unet, weights_path, write_tensors
 from vdu import posterior
 
 MNIST = dict(
@@ -103,7 +103,8 @@ class Config:
         "mixed precision; statistics score the class-conditional teacher in float32 all the same",
         choices=["auto", "bf16", "fp16", "off"],
     )
-    compile: bool = option(False, "torch.compile the network: minutes at the start, then faster steps on a GPU")
+    compile: bool = option(False, "torch.compile the network: minutes at the start, then faster steps on a GPU; not "
+                           "for tiny-sd and its autoencoder")
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
     seed: int = option(0, "seed of everything random", low=0, high=10**12)
     out: str = option("", "run folder, runs/pretrain-<what> if not given")
@@ -190,8 +191,7 @@ def start(config):
 def train_teacher(config, run):
     images, labels = (x.to(run.device) for x in TEACHERS[config.what][1](config.data))
     schedule = VPSchedule.linear().to(run.device)
-    with refusing():
-        unet = run.prepare(start(config).to(run.device).train())
+    unet = run.prepare(start(config).to(run.device).train())
     ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     optimizer = torch.optim.Adam(unet.parameters(), lr=config.lr, betas=(0.9, 0.99), eps=1e-8, fused=run.fused)
     lr = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_and_down(config.steps, config.lr_down))
@@ -234,8 +234,7 @@ def train_posterior(config, run):
     the network that vdu.py begins with, their variance tells which weights matter."""
     data = config.what.removesuffix("-posterior")
     images, schedule = TEACHERS[data][1](config.data)[0].to(run.device), VPSchedule.linear().to(run.device)
-    with refusing():
-        beginning = start(config).to(run.device)
+    beginning = start(config).to(run.device)
 
     def loss_of(network):
         pick = torch.randint(len(images), (config.batch_size // run.world,), device=run.device)
@@ -272,7 +271,7 @@ def go_on_apart(config, run, beginning, loss_of):
         if i == 0:
             unet.load_state_dict(beginning.state_dict())
             optimizer.state.clear()
-            torch.manual_seed((config.seed + k) * 1_000_003 + run.rank)
+            torch.manual_seed((config.seed * K + k) * 1_000_003 + run.rank)
         for group in optimizer.param_groups:
             group["lr"] = config.lr * shape(i)
         loss = loss_of(network)
@@ -422,6 +421,16 @@ def make_tiny_posterior(config, run):
 # ---------------------------------------------------------------------------- main
 
 
+def check_beginning(config):
+    """ValueError or OSError if what the run begins with, or is to score, is not there or does not fit."""
+    if config.what == "tiny-sd":
+        read_tensors(config.init, "autoencoder")
+    elif config.what in TEACHERS or config.what in ("mnist-posterior", "cifar10-posterior"):
+        start(config)
+    for name in filter(None, config.snapshots.split(",")):
+        weights_path(name)
+
+
 def main(config):
     if config.what in ALONE and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         refuse(f"{config.what} is made in one process; run it without torchrun")
@@ -430,7 +439,10 @@ def main(config):
     with refusing("--data: "):  # before anything is written
         what = config.what.removesuffix("-posterior").removesuffix("-classifier")
         TEACHERS.get(what, TEACHERS["mnist"])[1](config.data)
-    # whose rate, or whose networks, depend on how many steps there are: they cannot go on to more
+    with refusing():  # the same
+        check_beginning(config)
+    # K networks share the steps, and the classifiers' schedules count them: these cannot go on to more. A teacher can;
+    # its rate is then that of the longer run, so from nearly 0 it goes up again, and back down at the new end
     fixed = config.what.endswith(("-posterior", "-classifier"))
     run = Run(config, f"runs/pretrain-{config.what}", may_change=MAY_CHANGE - {"steps"} if fixed else MAY_CHANGE)
     make = {

@@ -126,6 +126,22 @@ def test_each_network_of_a_posterior_is_trained_as_if_it_were_the_only_one(tmp_p
             torch.testing.assert_close(finished[f"{k}.{name}"], w)
 
 
+def test_no_network_of_a_posterior_is_that_of_another_seed(tmp_path, data):
+    ends = [w for seed in (0, 1) for name, w in posterior_run(tmp_path / str(seed), data, seed=seed).items()
+            if name.endswith(".conv_out.weight")]
+    assert len(ends) == 4 and not any(torch.equal(ends[i], ends[j]) for i in range(4) for j in range(i))
+
+
+@pytest.mark.parametrize("words", ["mnist --init nothere", "mnist-posterior --init nothere", "mnist --init mnist-unconditional",
+                                   "mnist-statistics --snapshots nothere", "tiny-sd --init nothere"])
+def test_what_a_run_begins_with_is_read_before_anything_is_written(words, tmp_path, data, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        pretrain.main(parse(pretrain.Config, "", pretrain.PRESETS, [*words.split(), "--data", str(data), "--out", str(tmp_path / "out")]))
+    said = capsys.readouterr().err
+    assert leaving.value.code == 2 and words.split()[-1] in said and len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_posterior_is_of_networks_trained_apart_from_a_common_beginning(tmp_path, data, monkeypatch):
     """Two networks, two steps each. Their mean and variance are what is written; a resumed run writes the same bits."""
     finished = posterior_run(tmp_path / "whole", data)
