@@ -88,7 +88,8 @@ class Config:
                        choices=["replace", "negative"])
     sd: str = option("tiny-sd", "the shipped model, or a folder as the hub serves Stable Diffusion 1.x")
     retain_prompts: str = option("", "file of prompts to retain, one a line; the tiny model has its own")
-    forget_prompts: str = option("", "file of prompts to forget, one a line, the concept written out or as {}")
+    forget_prompts: str = option("", "file of prompts to forget, one a line, the concept written out or as {}; one "
+                                "without either gets it added in --mode negative")
     init_generator: str = option("none", "two-stage SFD: where theta begins, the generator of a --forget none run; "
                                 "none: the teacher")
     init_fake_score: str = option("none", "two-stage SFD: where psi begins, the fake score of that run; none: the "
@@ -196,7 +197,8 @@ def read_concept(config):
     named = read_prompts(config.forget_prompts) if config.forget_prompts else prompts
     if config.mode == "negative" and not tiny:  # subjects, each with each of the forbidden words
         forbidden = [word.strip() for word in config.forget.split(",")]
-        forget = [p.replace("{}", word) if "{}" in p else f"{p}, {word}" for p in named for word in forbidden]
+        forget = [q for p in named for q in ([p] if any(contains(p, word) for word in forbidden) else [
+            p.replace("{}", word) if "{}" in p else f"{p}, {word}" for word in forbidden])]
         retained = [p for p in prompts if not any(contains(p, word) for word in forbidden)]
         if not retained:
             raise ValueError(f"--forget {config.forget!r}: each prompt to retain holds one of these; leave some")

@@ -217,7 +217,8 @@ AUTOENCODER = {"_class_name": (None, ["AutoencoderKL"]), "act_fn": ("silu", ["si
                "use_quant_conv": (True, [True]), "use_post_quant_conv": (True, [True]),
                "mid_block_add_attention": (True, [True])}
 SCHEDULER = {"prediction_type": ("epsilon", ["epsilon"]), "beta_schedule": ("linear", ["linear", "scaled_linear"]),
-             "trained_betas": (None, [None]), "rescale_betas_zero_snr": (False, [False])}
+             "trained_betas": (None, [None]), "rescale_betas_zero_snr": (False, [False]),
+             "num_train_timesteps": (1000, [1000])}  # t_init and all other t are of a thousand steps
 SPECIALS = {"begin": "bos_token", "end": "eos_token", "pad": "pad_token", "unknown": "unk_token"}
 
 

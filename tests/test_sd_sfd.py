@@ -131,13 +131,13 @@ def test_the_negative_prompt_takes_the_place_of_the_safe_one():
 
 def test_subjects_are_joined_with_each_forbidden_word(tmp_path):
     (tmp_path / "keep.txt").write_text("a tree\na nude tree\n")
-    (tmp_path / "people.txt").write_text("a woman\na {} man\n")
+    (tmp_path / "people.txt").write_text("a woman\na {} man\na naked tree\n")
     retained, forget, safe, negative = read_concept(Config(
         forget="nude,naked", mode="negative", sd="folder", retain_prompts=str(tmp_path / "keep.txt"),
         forget_prompts=str(tmp_path / "people.txt")))
     assert retained == ["a tree"] and negative == "nude, naked"
-    assert forget == ["a woman, nude", "a woman, naked", "a nude man", "a naked man"]
-    assert safe == ["a woman", "a woman", "a man", "a man"]
+    assert forget == ["a woman, nude", "a woman, naked", "a nude man", "a naked man", "a naked tree"]
+    assert safe == ["a woman", "a woman", "a man", "a man", "a tree"]
 
 
 def test_prompts_from_files(tmp_path):
