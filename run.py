@@ -210,7 +210,7 @@ def plot_curves(curves, path):
     """name -> list of numbers, one small panel each, with a running mean."""
     figure = matplotlib.figure.Figure(figsize=(4 * max(1, len(curves)), 3), layout="constrained")
     for i, (name, values) in enumerate(curves.items()):
-        axes, values = figure.add_subplot(1, len(curves), i + 1, title=name, xlabel="step"), torch.tensor(values)
+        axes, values = figure.add_subplot(1, len(curves), i + 1, title=name, xlabel="logged step"), torch.tensor(values)
         width = max(1, len(values) // 30)
         axes.plot(values, color="0.8", linewidth=0.8)
         axes.plot(range(width - 1, len(values)), values.unfold(0, width, 1).mean(1), linewidth=1.5)

@@ -429,6 +429,21 @@ def test_cuda_precisions_train_to_finite_losses(tmp_path, tiny_file, words):
         assert load_unet(tmp_path / f"out/{network}.safetensors").state_dict().keys() == names
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("command", [
+    "vdu.py --data teacher --images 8 --batch-size 8 --classifier none --plasticity tangent",
+    "vdu.py --data teacher --images 8 --batch-size 8 --classifier none --plasticity full --optimizer adam --lr 1e-5",
+    "sd_sfd.py --forget three --batch-size 6 --forget-batch-size 2 --eval-images 0",
+])
+def test_cuda_the_other_methods_train_to_finite_losses(tmp_path, command, amp):
+    process = python(f"{command} --steps 6 --amp {amp} --device cuda --out out", tmp_path)
+    assert process.returncode == 0, process.stderr  # a loss that is not finite stops the run
+    saved = torch.load(tmp_path / "out/checkpoint.pt", map_location="cpu", weights_only=True)
+    assert all(v.isfinite().all() for network in saved["state"].values() if isinstance(network, dict)
+               for v in network.values() if torch.is_tensor(v))
+
+
 ON_DEVICE = """
 import sys
 import torch
