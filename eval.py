@@ -60,7 +60,7 @@ from metrics import (  # noqa: F401 (the same)
     report,
     unlearning_accuracy,
 )
-from run import checksum, choose_amp, choose_device, commit, machine, option, parse, refusing, write_json
+from run import checksum, choose_amp, choose_device, command, commit, machine, option, parse, refusing, write_json
 from samples import balanced_labels, generate, sampler_of, unconditional_sampler
 from stable_diffusion import load_stable_diffusion
 from teachers import load_teacher
@@ -364,7 +364,8 @@ def show(config, result, forget, kind, device):
     print(table(result))
     if config.out:
         write_json(config.out, result | {"checkpoint": config.checkpoint, "sampler": kind, "forget": forget,
-                                         "machine": machine(device), "commit": commit(), "config": asdict(config)})
+                                         "command": command(), "machine": machine(device), "commit": commit(),
+                                         "config": asdict(config)})
 
 
 def main_of_concepts(config, unet, device):

@@ -169,6 +169,11 @@ def machine(device=torch.device("cpu")):
     return f"{name}{threads}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
+def command():
+    """What was typed, as one would type it again."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
 def commit():
     """The commit this code stands at ('+' when files differ from it), or 'unknown' outside a clone."""
 
@@ -441,9 +446,8 @@ class Run:
         """Write curves.png, and metrics.json with what the numbers were made with and on; leave the process group."""
         if self.rank == 0:
             plot_curves(self.curves, self.folder / "curves.png")
-            command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
             write_json(self.folder / "metrics.json", metrics | {
-                "seconds": self.elapsed(), "command": command, "seed": self.config.seed, "processes": self.world,
+                "seconds": self.elapsed(), "command": command(), "seed": self.config.seed, "processes": self.world,
                 "amp": str(self.dtype or torch.float32).removeprefix("torch."), "machine": machine(self.device),
                 "commit": commit(), "config": self.settings})
         if self.world > 1:
