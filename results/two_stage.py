@@ -1,11 +1,11 @@
 """One stage or two, with as many steps in all, on MNIST: SFD for N steps, against N / 2 steps of plain distillation
 (SiD, --forget none) and N / 2 of SFD that begins with its generator and its fake score.
 
-    python results/two_stage.py                          # three seeds, into results/two-stage/; what is there is kept
-    python results/two_stage.py --steps 300 --forget 8
-    python results/two_stage.py --jobs 2                 # two runs at a time, one core each
+    python results/two_stage.py --out runs/two-stage --picture runs/two_stage.png               # three seeds
+    python results/two_stage.py --out runs/8 --picture runs/8.png --forget 8 --steps 300 --jobs 2   # two runs at a time
 
-The picture is results/two_stage.png.
+Runs that lie in --out already are kept; give another for other settings. What ships, results/two-stage/ and the picture
+results/two_stage.png, was made with 270 steps and earlier settings: results/README.md has the command.
 """
 
 import argparse
