@@ -197,8 +197,8 @@ def read_concept(config):
     named = read_prompts(config.forget_prompts) if config.forget_prompts else prompts
     if config.mode == "negative" and not tiny:  # subjects, each with each of the forbidden words
         forbidden = [word.strip() for word in config.forget.split(",")]
-        forget = [q for p in named for q in ([p] if any(contains(p, word) for word in forbidden) else [
-            p.replace("{}", word) if "{}" in p else f"{p}, {word}" for word in forbidden])]
+        added = [p if "{}" in p or any(contains(p, word) for word in forbidden) else f"{p}, {{}}" for p in named]
+        forget = list(dict.fromkeys(p.replace("{}", word) for p in added for word in forbidden))  # none of them twice
         retained = [p for p in prompts if not any(contains(p, word) for word in forbidden)]
         if not retained:
             raise ValueError(f"--forget {config.forget!r}: each prompt to retain holds one of these; leave some")
