@@ -390,10 +390,9 @@ def make_tiny_autoencoder(config, run):
 
 
 def make_tiny_sd(config, run):
-    with refusing(f"--init {config.init}: "):
-        tensors, facts = read_tensors(config.init, "autoencoder")
-        vae = Autoencoder(**facts["config"])
-        vae.load_state_dict(tensors)
+    tensors, facts = read_tensors(config.init, "autoencoder")
+    vae = Autoencoder(**facts["config"])
+    vae.load_state_dict(tensors)
     sd, folder = tiny_sd.train(config, run, vae), run.folder / "tiny-sd"
     save_stable_diffusion(sd, folder, torch.float16)
     sd = load_stable_diffusion(folder).to(run.device)  # as it ships, in half precision

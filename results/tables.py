@@ -95,9 +95,9 @@ def one_stage():
     return all_classes("ddpm_sfd-mnist-one-stage", " --into ddpm_sfd-mnist-one-stage --preset mnist-one-stage")
 
 
-SFD_SETTINGS = ("ddpm_sfd-mnist", "ddpm_sfd-mnist-seed-4", "ddpm_sfd-mnist-one-stage", "ddpm_sfd-mnist-lambda-0.25", "ddpm_sfd-mnist-240-steps",
-                "ddpm_sfd-mnist-earlier-pair", "ddpm_sfd-mnist-earlier-pair-alpha-1.2", "ddpm_sfd-mnist-lambda-theta-0.5", "ddpm_sfd-mnist-long",
-                "ddpm_sfd-mnist-long-lambda-0.5", "ddpm_sfd-mnist-lambda-0.5", "ddpm_sfd-mnist-960-steps",
+SFD_SETTINGS = ("ddpm_sfd-mnist", "ddpm_sfd-mnist-seed-4", "ddpm_sfd-mnist-one-stage", "ddpm_sfd-mnist-lambda-0.25",
+                "ddpm_sfd-mnist-240-steps", "ddpm_sfd-mnist-earlier-pair", "ddpm_sfd-mnist-earlier-pair-alpha-1.2",
+                "ddpm_sfd-mnist-lambda-theta-0.5", "ddpm_sfd-mnist-long", "ddpm_sfd-mnist-long-lambda-0.5", "ddpm_sfd-mnist-lambda-0.5", "ddpm_sfd-mnist-960-steps",
                 "ddpm_sfd-mnist-t-max-600", "ddpm_sfd-mnist-unguided")
 
 
