@@ -41,7 +41,7 @@ from unet import UNet, VPSchedule, read_tensors, save_unet, weights_path, write_
 from vdu import posterior
 
 MNIST = dict(
-    image_size=28, in_channels=1, channels=16, multipliers=(1, 2, 4), blocks=1, attention_at=(7,), dropout=0.0, groups=8
+    image_size=28, in_channels=1, channels=16, multipliers=(1, 2, 4), blocks=1, attention_at=(), dropout=0.0, groups=1
 )
 TEACHERS = {  # what -> the configuration of its U-Net, and its images
     "mnist": (MNIST | dict(num_classes=10), lambda folder: mnist(folder, train=True)),

@@ -304,10 +304,14 @@ class Run:
         return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
 
     def prepare(self, network):
-        """The network itself, made fast in place, so that no name in its state changes: channels last on CUDA in mixed
-        precision, as tensor cores take it (on CPUs it did not pay), and compiled with --compile. A copy of it, such as
-        the EMA, is not compiled."""
-        if self.device.type == "cuda" and self.dtype is not None:
+        """The network itself, made fast in place, so that no name in its state changes: channels last, and compiled
+        with --compile. A copy of it, such as the EMA, is not compiled.
+
+        Convolutions are faster with channels last: on tensor cores, and on CPUs in bfloat16 twice as fast. But there
+        PyTorch's GroupNorm is ten times slower, unless its groups are at least 16 channels wide."""
+        norms = [m for m in network.modules() if isinstance(m, torch.nn.GroupNorm)]
+        if self.dtype is not None and (
+                self.device.type == "cuda" or all(m.num_channels // m.num_groups >= 16 for m in norms)):
             network.to(memory_format=torch.channels_last)
         if getattr(self.config, "compile", False):
             network.compile()

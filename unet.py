@@ -128,9 +128,9 @@ class Attention(nn.Module):
         self.proj_out = zeroed(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x, text=None):
-        q, k, v = rearrange(self.qkv(self.norm(x)), "b (n c) h w -> n b 1 (h w) c", n=3)
-        h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, H*W, C)
-        return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+        q, k, v = rearrange(self.qkv(self.norm(x)), "b (n c) h w -> n b (h w) c", n=3)
+        looks = (q @ k.mT / math.sqrt(k.shape[2])).softmax(dim=2)  # (B, H*W, H*W): a share of each pixel for each
+        return x + self.proj_out(rearrange(looks @ v, "b (h w) c -> b c h w", h=x.shape[2]))
 
 
 class NoAttention(nn.Module):
