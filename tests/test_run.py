@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import ROOT, inside, python, words
+from conftest import ROOT, inside, python, random_unet, words
 
 import run as housekeeping
 from run import Run, linear_decay, machine, option, parse
@@ -393,6 +393,14 @@ def test_precision_is_detected_not_assumed(monkeypatch):
     assert housekeeping.choose_amp("off", cpu) is None and housekeeping.choose_amp("bf16", cpu) is torch.bfloat16
 
 
+@pytest.mark.parametrize("groups, dtype, expected", [(1, torch.bfloat16, True), (2, torch.bfloat16, False), (1, None, False)])
+def test_on_a_cpu_channels_are_last_where_all_groups_are_wide(tmp_path, groups, dtype, expected):
+    """In mixed precision, with no GroupNorm of fewer than 16 channels a group."""
+    run, unet = Run(Config(out=str(tmp_path / "run")), ""), random_unet(channels=16, groups=groups)
+    run.dtype = dtype
+    assert run.prepare(unet).middle[0].conv1.weight.is_contiguous(memory_format=torch.channels_last) is expected
+
+
 def test_prepare_changes_no_name_and_no_number(tmp_path, tiny):
     """Channels last and compiled, as on a GPU; what is saved is what it was, and copies are not compiled."""
     run = Run(Config(out=str(tmp_path / "run")), "")
@@ -401,7 +409,7 @@ def test_prepare_changes_no_name_and_no_number(tmp_path, tiny):
     before = copy.deepcopy(tiny)
     after = run.prepare(tiny)
     assert after is tiny and after._compiled_call_impl is not None
-    assert after.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert after.middle[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert [*after.state_dict()] == [*before.state_dict()]
     assert copy.deepcopy(after)._compiled_call_impl is None
     save_unet(before, tmp_path / "before.safetensors")
