@@ -87,7 +87,7 @@ class Config:
                                  "none run, a shipped name or a file; official CIFAR-10 run: none, the teacher")
     init_fake_score: str = option("mnist-distilled-fake-score", "where psi begins, the fake score of that run; the "
                                   "same holds of none")
-    steps: int = option(280, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)
+    steps: int = option(400, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)
     batch_size: int = option(32, "images of retained classes a step, over all processes; official: 128", low=1)
     forget_batch_size: int = option(8, "images of forgotten classes a step; official: as many as retained ones", low=1)
     lr_generator: float = option(4e-4, "learning rate of theta; official: 1e-5", low=0)

@@ -58,7 +58,7 @@ ALONE = {"mnist-classifier", "cifar10-classifier", "stl10-classifier", "mnist-st
 BEGINNING = "runs/pretrain-mnist-unconditional/mnist-unconditional.safetensors"
 AUTOENCODER = "runs/pretrain-tiny-sd-autoencoder/tiny-sd-autoencoder.safetensors"
 PRESETS = {
-    "mnist": dict(steps=20_000, batch_size=64, lr=1.5e-3),
+    "mnist": dict(steps=16_000, batch_size=128, lr=2e-3, ema=0.9995),
     "mnist-unconditional": dict(steps=4_000, batch_size=64, lr=1e-3, min_snr=50.0, init="mnist"),
     "mnist-posterior": dict(steps=4_000, batch_size=64, lr=1e-3, min_snr=50.0, init=BEGINNING),
     "mnist-classifier": dict(steps=5_600, batch_size=128, lr=4e-3),
