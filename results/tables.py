@@ -52,11 +52,9 @@ def lambdas(config, name):
     return f"{start:g}" if end == start else f"{start:g} to {end:g}"
 
 
-def all_classes(folder="ddpm_sfd-mnist", flags=""):
-    """One row a forgotten class: mean and standard deviation over seeds, the worst seed beside it.
-
-    folder: of runs that `results/all_classes.py ddpm_sfd` made with these flags."""
-    runs = read(folder)
+def all_classes():
+    """One row a forgotten class: mean and standard deviation over seeds, the worst seed beside it."""
+    runs = read("ddpm_sfd-mnist")
     lines = [
         "| forgotten | UA, % (worst) | retained accuracy, % (worst) | teacher's | FID (worst) | teacher's | worst ratio "
         "| seconds |",
@@ -86,19 +84,9 @@ def all_classes(folder="ddpm_sfd-mnist", flags=""):
         f"{config['t_min']} to below {config['t_max']}, guidance {config['guidance']:g} ({config['guidance_safe']:g} towards "
         f"the safe class); {where(runs)}; FID of real test images, for scale: "
         f"{first['real_test_fid']:.4f} without class {first['forget'][0]}. "
-        f"Made by `python results/all_classes.py ddpm_sfd{flags}`, raw numbers in `results/{folder}/`.",
+        "Made by `python results/all_classes.py ddpm_sfd`, raw numbers in `results/ddpm_sfd-mnist/`.",
     ]
     return lines
-
-
-def one_stage():
-    return all_classes("ddpm_sfd-mnist-one-stage", " --into ddpm_sfd-mnist-one-stage --preset mnist-one-stage")
-
-
-SFD_SETTINGS = ("ddpm_sfd-mnist", "ddpm_sfd-mnist-seed-4", "ddpm_sfd-mnist-one-stage", "ddpm_sfd-mnist-lambda-0.25",
-                "ddpm_sfd-mnist-240-steps", "ddpm_sfd-mnist-earlier-pair", "ddpm_sfd-mnist-earlier-pair-alpha-1.2",
-                "ddpm_sfd-mnist-lambda-theta-0.5", "ddpm_sfd-mnist-long", "ddpm_sfd-mnist-long-lambda-0.5", "ddpm_sfd-mnist-lambda-0.5", "ddpm_sfd-mnist-960-steps",
-                "ddpm_sfd-mnist-t-max-600", "ddpm_sfd-mnist-unguided")
 
 
 def aims(runs):
@@ -109,42 +97,9 @@ def aims(runs):
     return ratios, *(sum(column) for column in zip(*reached)), sum(map(all, reached))
 
 
-def beginning(folder, config):
-    if config["init_generator"] in ("", "none"):
-        return "the teacher"
-    return "the earlier pair" if "earlier-pair" in folder else "the distilled pair"
-
-
-def sfd_settings():
-    """One row a folder of runs, the present settings first: how many runs reach each aim, and by how much."""
-    lines = [
-        "| begins with | steps | alpha | lambda, theta and psi | t | guidance | rates, theta and psi | down to | weight average "
-        "| precision | runs "
-        "| UA at least 99.5% (worst) | accuracy not below the teacher's | FID at most 1.1 times the teacher's "
-        "| all three | FID over the teacher's (worst) |",
-        "|---" * 16 + "|",
-    ]
-    for folder in SFD_SETTINGS:
-        runs = read(folder)
-        config = {"guidance": 1, "guidance_safe": 1} | runs[0]["config"]  # runs from before these had none
-        ratios, ua, accuracy, fid, all_three = aims(runs)
-        lines.append(
-            f"| {beginning(folder, config)} | {config['steps']} "
-            f"| {config['alpha']:g} | {lambdas(config, 'lambda_generator')}, {lambdas(config, 'lambda_fake_score')} "
-            f"| {config['t_min']} to {config['t_max'] - 1} | {config['guidance']:g}, {config['guidance_safe']:g} "
-            f"| {config['lr_generator']:g}, {config['lr_fake_score']:g} | {config['lr_end']:g} | {config['ema']:g} "
-            f"| {runs[0]['amp']} | {len(runs)} "
-            f"| {ua} ({100 * min(run['ua'] for run in runs):.1f}%) | {accuracy} | {fid} | {all_three} "
-            f"| {spread(ratios, '{:.2f}')} ({max(ratios):.2f}) |")
-    return lines
-
-
 def stages():
     """From the teacher or in two stages, at equal digits and seeds: how many runs reach each aim, the mean and the worst."""
-    sets = {"two stages, the default": "ddpm_sfd-mnist", "a constant lambda": "ddpm_sfd-mnist-lambda-0.25",
-            "fewer steps, larger rates": "ddpm_sfd-mnist-240-steps",
-            "from the earlier pair": "ddpm_sfd-mnist-earlier-pair",
-            "from that, before": "ddpm_sfd-mnist-earlier-pair-alpha-1.2", "one stage, from the teacher": "ddpm_sfd-mnist-one-stage"}
+    sets = {"two stages, the default": "ddpm_sfd-mnist", "one stage, from the teacher": "ddpm_sfd-mnist-one-stage"}
     sets = {name: read(folder) for name, folder in sets.items()}
     common = set.intersection(*({(*run["forget"], run["seed"]) for run in runs} for runs in sets.values()))
     lines = ["| | steps | rates, theta and psi | alpha | guidance | lambda for theta | runs | UA at least 99.5% (mean, worst) "
@@ -284,7 +239,7 @@ def one_stage_or_two():
     return [
         *lines,
         "",
-        f"{len(runs)} seeds; the teacher: {100 * accuracy:.1f}% and {fid:.3f}; earlier settings than those of `mnist-one-stage`. Made by "
+        f"{len(runs)} seeds; the teacher: {100 * accuracy:.1f}% and {fid:.3f}; the network and settings of before (commit efd2915). Made by "
         f"`python results/two_stage.py --steps {runs[0]['total_steps']} -- {flags}`, raw numbers in `results/two-stage/`.",
     ]
 
@@ -306,6 +261,7 @@ def step_time():
         name, precision = r["network"], r["precision"].removeprefix("torch.")
         if on_gpu(r):
             name += f", {r['machine'].split(',')[0]}, {precision}{', compiled' * r['compiled']}"
+        name += f" ({r['note']})" if "note" in r else ""
         lines.append(
             f"| {name} | {batch[0]} + {batch[1]}, {len(r['seconds']['ours'])} steps "
             f"| {r['median']['plain']:.3f} s | {r['median']['ours']:.3f} s | {r['speedup']:.2f} "
@@ -335,15 +291,14 @@ def sampling():
         lines.append(f"| {name} | {row['network_calls']:,} |{rates}")
     for r in runs:
         rounds = len(r["rows"]["generator, 1 call"]["seconds"])
-        lines += ["", f"{r['machine']}, {r['precision']}, batches of {r['batch']}, median of {rounds} rounds."]
+        lines += ["", f"{r['machine']}, {r['precision']}, batches of {r['batch']}, median of {rounds} rounds{'; ' + r['note'] if 'note' in r else ''}."]
     return [*lines[:-1], lines[-1] + " Made by `python benchmarks/sampling.py`."]
 
 
 PAGES = {
     HERE.parent / "README.md": {"all-classes": all_classes, "concepts": concepts, "vdu": vdu,
                                 "step-time": step_time, "sampling": sampling},
-    HERE / "README.md": {"sfd-settings": sfd_settings, "stages": stages, "one-stage": one_stage,
-                         "one-stage-or-two": one_stage_or_two, "vdu-settings": vdu_settings},
+    HERE / "README.md": {"stages": stages, "one-stage-or-two": one_stage_or_two, "vdu-settings": vdu_settings},
 }
 
 
