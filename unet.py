@@ -129,9 +129,8 @@ class Attention(nn.Module):
 
     def forward(self, x, text=None):
         q, k, v = rearrange(self.qkv(self.norm(x)), "b (n c) h w -> n b (h w) c", n=3)
-        # written out: PyTorch's fused attention is three times as slow to train with at this size on CPUs
-        looks = (q @ k.mT / math.sqrt(k.shape[2])).softmax(dim=2)  # (B, H*W, H*W): a share of each pixel for each
-        return x + self.proj_out(rearrange(looks @ v, "b (h w) c -> b c h w", h=x.shape[2]))
+        attention = (q / math.sqrt(q.shape[2]) @ k.mT).softmax(dim=2)  # (B, H*W, H*W): a share of each pixel for each
+        return x + self.proj_out(rearrange(attention @ v, "b (h w) c -> b c h w", h=x.shape[2]))
 
 
 class NoAttention(nn.Module):
