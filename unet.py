@@ -129,7 +129,7 @@ class Attention(nn.Module):
 
     def forward(self, x, text=None):
         q, k, v = rearrange(self.qkv(self.norm(x)), "b (n c) h w -> n b (h w) c", n=3)
-        attention = (q / math.sqrt(q.shape[2]) @ k.mT).softmax(dim=2)  # (B, H*W, H*W): a share of each pixel for each
+        attention = (q / math.sqrt(q.shape[2]) @ k.mT).softmax(dim=2)  # (B, H*W, H*W), rows of sum 1
         return x + self.proj_out(rearrange(attention @ v, "b (h w) c -> b c h w", h=x.shape[2]))
 
 

@@ -291,7 +291,8 @@ def sampling():
         lines.append(f"| {name} | {row['network_calls']:,} |{rates}")
     for r in runs:
         rounds = len(r["rows"]["generator, 1 call"]["seconds"])
-        lines += ["", f"{r['machine']}, {r['precision']}, batches of {r['batch']}, median of {rounds} rounds{'; ' + r['note'] if 'note' in r else ''}."]
+        note = f"; {r['note']}" if "note" in r else ""
+        lines += ["", f"{r['machine']}, {r['precision']}, batches of {r['batch']}, median of {rounds} rounds{note}."]
     return [*lines[:-1], lines[-1] + " Made by `python benchmarks/sampling.py`."]
 
 
