@@ -87,7 +87,7 @@ class Config:
                                  "none run, a shipped name or a file; official CIFAR-10 run: none, the teacher")
     init_fake_score: str = option("mnist-distilled-fake-score", "where psi begins, the fake score of that run; the "
                                   "same holds of none")
-    steps: int = option(400, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)
+    steps: int = option(300, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)
     batch_size: int = option(32, "images of retained classes a step, over all processes; official: 128", low=1)
     forget_batch_size: int = option(8, "images of forgotten classes a step; official: as many as retained ones", low=1)
     lr_generator: float = option(4e-4, "learning rate of theta; official: 1e-5", low=0)
@@ -118,7 +118,7 @@ class Config:
     out: str = option("", "run folder; runs/ddpm_sfd-<preset>-forget<classes> if not given")
     resume: bool = option(False, "go on from the checkpoint in the run folder")
     save_every: int = option(500, "steps between checkpoints", low=1)
-    eval_images: int = option(300, "images of each class that the metrics look at", low=2)
+    eval_images: int = option(1000, "images of each class that the metrics look at", low=2)
     classifier: str = option("mnist-classifier", "the metrics' classifier, shipped or of pretrain.py; none: no metrics")
 
 
@@ -306,7 +306,8 @@ def main(config):
         labels = balanced_labels(teacher.num_classes, 10)  # ten images a class, before and after from the same noise
         for name, draw, title in (("before", teacher_sample, "teacher, 50 network calls"),
                                   ("after", sample, "SFD, 1 network call")):
-            images, _ = generate(draw, labels, teacher.image_shape, config.seed, run.device)
+            with run.autocast():
+                images, _ = generate(draw, labels, teacher.image_shape, config.seed, run.device)
             image_grid(images, labels, run.folder / f"samples_{name}.png", title, forget)
         if judge:
             metrics |= evaluate(sample, 1, judge, teacher, forget, config.eval_images, config.seed, teacher_sample)

@@ -332,7 +332,7 @@ class Config:
                          nargs="+")
     features: str = option("classifier", "what distances are taken on; inception: CIFAR-10 and STL-10, needs --data",
                            choices=["classifier", "inception"])
-    per_class: int = option(0, "images of each class; FIDs compare only at equal numbers; 0: 300, with Inception 5,000",
+    per_class: int = option(0, "images of each class; FIDs compare only at equal numbers; 0: 1,000; Inception: 5,000",
                             low=0)
     images: int = option(0, "images of an unconditional checkpoint; if not given 2,000, with Inception 50,000", low=100)
     per_pair: int = option(20, "pictures of each digit in each colour, of a text-to-image checkpoint", low=1)
@@ -409,7 +409,7 @@ def main(config):
     if unet.text_dim is not None:
         return main_of_concepts(config, unet, device)
     unconditional, on_inception = unet.num_classes is None, config.features == "inception"
-    schedule, per_class = VPSchedule.linear().to(device), config.per_class or (5000 if on_inception else 300)
+    schedule, per_class = VPSchedule.linear().to(device), config.per_class or (5000 if on_inception else 1000)
     images = config.images or (50_000 if on_inception else 2000)
     classifier = config.classifier if config.classifier != "auto" else "none" if on_inception else "mnist-classifier"
     with refusing():

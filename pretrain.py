@@ -91,7 +91,7 @@ class Config:
     init: str = option("", "what to start from: a teacher, by shipped name, file, URL or hub:ORG/NAME; tiny-sd: its "
                        "autoencoder's file")
     checkpoints: int = option(5, "K, networks that share a beginning and share the steps; posterior", low=2)
-    per_class: int = option(300, "teacher images of each class; statistics", low=2)
+    per_class: int = option(1000, "teacher images of each class; statistics", low=2)
     images: int = option(2000, "images of the unconditional teacher; statistics", low=100)
     per_pair: int = option(20, "images of each digit in each colour; tiny-sd's scores", low=1)
     snapshot_every: int = option(
