@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, inside, python, random_unet, write_mnist
 
+import ddpm_sfd
 import pretrain
 from data import mnist, stl10
 from features import load_classifier, load_statistics, look
@@ -260,6 +261,12 @@ def test_shipped_weights_are_small_and_good_enough():
     assert read["mnist-classifier"]["scores"]["test_accuracy"] >= 0.994
     assert read["mnist-statistics"]["scores"]["teacher"]["accuracy"] >= 0.96  # the aim is 0.98; see the README
     assert read["mnist-statistics"]["scores"]["teacher"]["images"] >= 2000
+
+
+def test_metrics_look_at_as_many_images_as_the_shipped_teacher_was_judged_by():
+    """FIDs compare only at equal numbers, so the defaults go together."""
+    images = json.loads((ROOT / "weights/mnist-statistics.json").read_text())["scores"]["teacher"]["images"]
+    assert images == 10 * ddpm_sfd.Config().eval_images == 10 * pretrain.Config(what="mnist-statistics").per_class
 
 
 def test_a_colour_teacher_trains_with_flips_and_a_constant_rate(tmp_path, monkeypatch):
