@@ -1,8 +1,8 @@
 """What is left of the forgotten class, and of everything else: reports of a network, and the command that makes them.
 
     python eval.py runs/ddpm_sfd-mnist-forget0/generator.safetensors --forget 0
-    python eval.py mnist --sampler ddim --steps 50
-    python eval.py mnist --sampler ancestral --data data      # with the real images also precision and recall
+    python eval.py mnist --sampler ddim --steps 50 --per-class 100      # 1,000 a class, the default, take ten minutes
+    python eval.py mnist --sampler ancestral --per-class 10 --data data    # with real images also precision and recall
     python eval.py generator.safetensors --features inception --data data --teacher cifar10.safetensors
     python eval.py runs/sd_sfd-tiny-forget-three/generator.safetensors
 

@@ -291,14 +291,17 @@ def test_the_live_ua_is_of_the_forgotten_images_just_drawn(tmp_path, tiny):
     assert run.curves["ua"] == [1.0, 1.0]
 
 
-def test_the_pictures_are_before_and_after_from_the_same_noise(tmp_path, tiny_file, monkeypatch):
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_the_pictures_are_before_and_after_from_the_same_noise(tmp_path, tiny_file, monkeypatch, amp):
+    """And drawn in the precision of the run."""
     shown, teacher = {}, load_unet(tiny_file)
     monkeypatch.setattr(ddpm_sfd, "image_grid", lambda images, labels, path, *rest: shown.update({path.stem: images}))
-    words = f"--preset mnist-one-stage --teacher {tiny_file} --classifier none --steps 0 --seed 3 --device cpu"
+    words = f"--preset mnist-one-stage --teacher {tiny_file} --classifier none --steps 0 --seed 3 --device cpu --amp {amp}"
     assert inside(f"ddpm_sfd.py --forget 0 {words}", tmp_path).returncode == 0
     for name, sample in (("samples_before", lambda z, c, noise: ddim_sample(teacher, SCHEDULE, z, c, steps=50)),
                          ("samples_after", lambda z, c, noise: one_step(teacher, z, c, SCHEDULE, 440))):
-        expected, _ = generate(sample, balanced_labels(10, 10), teacher.image_shape, 3, "cpu")
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16"):
+            expected, _ = generate(sample, balanced_labels(10, 10), teacher.image_shape, 3, "cpu")
         assert torch.equal(shown[name], expected), name
 
 
