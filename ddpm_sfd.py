@@ -118,8 +118,8 @@ class Config:
     out: str = option("", "run folder; runs/ddpm_sfd-<preset>-forget<classes> if not given")
     resume: bool = option(False, "go on from the checkpoint in the run folder")
     save_every: int = option(500, "steps between checkpoints", low=1)
-    eval_images: int = option(1000, "images of each class that the metrics look at; a teacher that does not ship draws as "
-                              "many, with 50 calls each", low=2)
+    eval_images: int = option(1000, "images of each class that the metrics look at; a teacher that does not ship draws "
+                              "as many, with 50 calls each", low=2)
     classifier: str = option("mnist-classifier", "the metrics' classifier, shipped or of pretrain.py; none: no metrics")
 
 
