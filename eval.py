@@ -99,7 +99,7 @@ def evaluate(sample, nfe, judge, unet, forget, per_class, seed, teacher_sample=N
     unet: the teacher, for its shape and for its own numbers, which come with the statistics when it is the shipped
     one, are drawn with `teacher_sample` when it is not, and are left out without that. real: images (N, C, H, W) of
     retained classes to take precision and recall against. nfe: network calls an image, for the record. A judge without
-    statistics reports accuracies alone.
+    statistics reports accuracies alone. Images are drawn in float32, whatever the training's precision was.
     """
     labels = balanced_labels(unet.num_classes, per_class)
     images, seconds = generate(sample, labels, unet.image_shape, seed, judge.device, batch, "to judge")
@@ -124,7 +124,7 @@ def evaluate(sample, nfe, judge, unet, forget, per_class, seed, teacher_sample=N
     if statistics:
         result |= {"features": judge.facts["features"], "reference": "MNIST, training images of the retained classes"}
     return result | {"nfe": nfe, "seconds_per_1000": 1000 * seconds / len(labels), "images_per_class": per_class,
-                     "evaluation_seed": seed,
+                     "evaluation_seed": seed, "sampler_dtype": "float32",
                      "preprocessing": "clipped to [-1, 1], rounded to 8 bits, real and generated alike"}
 
 
@@ -311,8 +311,14 @@ def table(result):
     for name in ("u_fid", "precision", "recall", "inception_score"):
         if name in result:
             rows += [(name.replace("u_fid", "u-FID").replace("_", " "), with_teacher(name, "{:.3f}"))]
+    entropies = [f"{result[f'entropy_{part}']:.2f} {part}" for part in ("forgotten", "retained")
+                 if f"entropy_{part}" in result]
+    if entropies:
+        rows.append(("entropy, in nats", ", ".join(entropies)))
     rows += [("network calls an image", f"{result['nfe']}"),
              ("seconds per 1,000 images", f"{result['seconds_per_1000']:.2f}")]
+    if "training_seconds" in result:
+        rows.append(("seconds of training", f"{result['training_seconds']:.0f}"))
     return "\n".join(f"{name:>26}  {value}" for name, value in rows)
 
 
@@ -409,6 +415,13 @@ def main(config):
     if unet.text_dim is not None:
         return main_of_concepts(config, unet, device)
     unconditional, on_inception = unet.num_classes is None, config.features == "inception"
+    with refusing():
+        for flag, useless in (("--per-class", config.per_class and unconditional),
+                              ("--images", config.images and not unconditional),
+                              ("--inception", config.inception and not on_inception)):
+            if useless:
+                instead = {"--per-class": "--images", "--images": "--per-class"}.get(flag, "--features inception")
+                raise ValueError(f"{flag} changes nothing for {config.checkpoint}; {instead} does")
     schedule, per_class = VPSchedule.linear().to(device), config.per_class or (5000 if on_inception else 1000)
     images = config.images or (50_000 if on_inception else 2000)
     classifier = config.classifier if config.classifier != "auto" else "none" if on_inception else "mnist-classifier"

@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import platform
 import shlex
 import signal
@@ -224,10 +225,6 @@ def plot_curves(curves, path):
 
 # ---------------------------------------------------------------------------- a run
 
-OURS = {  # what may lie in the folder of a run; the last is a Mac's doing
-    "config.json", "metrics.json", "checkpoint.pt", "curves.png", "samples_before.png", "samples_after.png",
-    "generator.safetensors", "fake_score.safetensors", "unlearned.safetensors", ".DS_Store",
-}
 # between a run and its resumption; rates and lambda that fall over `steps` fall over the new number from there on
 MAY_CHANGE = {"steps", "resume", "out", "device", "save_every", "compile"}
 
@@ -271,13 +268,15 @@ class Run:
     # -- folder
 
     def claim_folder(self):
-        """Make the folder, or make sure that what lies there may be continued or replaced."""
+        """Make the folder, or make sure that what lies there may be replaced or, with --resume, continued."""
         folder, saved = self.folder, self.folder / "config.json"
-        if folder.exists() and not folder.is_dir():
-            refuse(f"--out {folder} is a file; give a folder")
-        there = {p.name for p in folder.iterdir() if not p.name.endswith(".tmp")} if folder.exists() else set()
-        if there - OURS and not saved.exists():
-            refuse(f"{folder} holds files that are not a run's ({sorted(there - OURS)[0]}); give another --out")
+        with refusing("--out: "):  # a name too long, a folder that may not be read
+            if folder.exists() and not folder.is_dir():
+                refuse(f"--out {folder} is a file; give a folder")
+            there = {p.name for p in folder.iterdir() if not p.name.endswith(".tmp")} if folder.exists() else set()
+        there.discard(".DS_Store")  # a Mac's doing
+        if there and "config.json" not in there:  # the first file that a run writes
+            refuse(f"{folder} holds files that are not a run's ({min(there)}); give another --out")
         if self.config.resume and "checkpoint.pt" not in there:
             refuse(f"--resume: {folder} holds no checkpoint.pt; run without --resume, or name the run's --out")
         if saved.exists():
@@ -285,18 +284,24 @@ class Run:
                 before = json.loads(saved.read_text())
                 if not isinstance(before, dict):
                     raise ValueError("it holds no settings")
-            changed = [k for k in self.settings if k not in self.may_change and before.get(k) != self.settings[k]]
+            free = self.may_change if self.config.resume else MAY_CHANGE - {"steps"}
+            changed = [k for k in self.settings if k not in free and before.get(k) != self.settings[k]]
             if changed:
                 k = changed[0]
                 refuse(f"{folder} holds a run with {k} {before.get(k)!r}, not {self.settings[k]!r}; give another --out")
-        if not self.config.resume and "checkpoint.pt" in there and "metrics.json" not in there:
-            refuse(f"{folder} holds an unfinished run; add --resume to go on with it, or give another --out")
+        if not self.config.resume:
+            if "checkpoint.pt" in there and "metrics.json" not in there:
+                refuse(f"{folder} holds an unfinished run; add --resume to go on with it, or give another --out")
+            self.begin()
+
+    def begin(self):
+        """From here on the folder is this run's. With --resume only when the checkpoint has been read."""
         with refusing("--out: "):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "metrics.json").unlink(missing_ok=True)  # it is there when a run is done, and only then
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "metrics.json").unlink(missing_ok=True)  # it is there when a run is done, and only then
             if not self.config.resume:
-                (folder / "checkpoint.pt").unlink(missing_ok=True)
-            write_json(saved, self.settings)
+                (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+            write_json(self.folder / "config.json", self.settings)
 
     # -- precision and processes
 
@@ -357,14 +362,17 @@ class Run:
 
     def loop(self, state, label=""):
         """Yield the steps still to do, 0 .. config.steps - 1. Between steps: checkpoint every `save_every`, and after
-        Ctrl-C, which saves, prints the command that resumes and leaves with status 130. The last step is saved too."""
+        Ctrl-C, which saves, prints the command that resumes and leaves with status 130; a second one ends it at once.
+        The last step is saved too, and Ctrl-C after it prints and leaves likewise (but in a notebook)."""
         self.state, path = state, self.folder / "checkpoint.pt"
         self.step = self.restore(path) if self.config.resume else 0
         if self.step > self.config.steps:
             refuse(f"--steps {self.config.steps}: {path} is already at step {self.step}")
+        if self.config.resume and self.rank == 0:
+            self.begin()
         interrupted = []
 
-        def remember(*_):  # and let a second Ctrl-C end it at once
+        def remember(*_):
             interrupted.append(True)
             signal.signal(signal.SIGINT, previous)
 
@@ -380,15 +388,22 @@ class Run:
             if stop or self.enough or self.step == self.config.steps or self.step % self.config.save_every == 0:
                 self.save(path)
             if stop:
-                self.bar.close()
-                words = [w for w in sys.argv if w != "--resume"]
-                words = subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
-                if self.rank == 0:
-                    start = "python" if self.world == 1 else f"torchrun --nproc-per-node {self.world}"
-                    print(f"\nstopped after step {self.step}; to go on:\n    {start} {words} --resume")
-                sys.exit(130)
+                self.leave()
         self.bar.close()
         signal.signal(signal.SIGINT, previous)
+        sys.excepthook = self.leave
+
+    def leave(self, kind=KeyboardInterrupt, *error):
+        """After Ctrl-C: say how to go on from the checkpoint, and end, with status 130. As sys.excepthook, too."""
+        if kind is not KeyboardInterrupt:
+            return sys.__excepthook__(kind, *error)
+        self.bar.close()
+        words = [w for w in sys.argv if w != "--resume"]
+        words = subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+        if self.rank == 0:
+            start = "python" if self.world == 1 else f"torchrun --nproc-per-node {self.world}"
+            print(f"\nstopped after step {self.step}; to go on:\n    {start} {words} --resume")
+        sys.exit(130)
 
     def log(self, **numbers):
         """Keep this step's numbers for the curves, show them on the bar, and stop at the first that is not finite."""
@@ -430,8 +445,10 @@ class Run:
                 thing.load_state_dict(saved["state"][name])
             random = saved["random"][self.rank % len(saved["random"])]
         except Exception as error:  # whatever a damaged or foreign pickle raises
-            reason = str(error).splitlines()[0]
-            refuse(f"--resume: {path} is not a whole checkpoint of this run ({type(error).__name__}: {reason})")
+            reason = type(error).__name__
+            if not isinstance(error, pickle.UnpicklingError):  # which advises to run what the file holds
+                reason += f": {str(error).splitlines()[0]}"
+            refuse(f"--resume: {path} is not a whole checkpoint of this run ({reason})")
         if len(saved["random"]) != self.world:
             refuse(f"--resume: {path} is of {len(saved['random'])} process(es); go on with as many, not {self.world}")
         if saved["scaler"]:  # empty but for fp16, and a run may go on on another device

@@ -17,8 +17,11 @@ def load_teacher(source):
     if found == str(source) and (shipped or ours or not Path(found).exists()):
         unet = load_unet(found)  # or says what would be right
     else:
-        path = locate(Path(found))
-        unet, facts = read(Config(str(found)), path)
+        try:
+            path = locate(Path(found))
+            unet, facts = read(Config(str(found)), path)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
         unet.path, unet.card = path, getattr(unet, "card", facts)
     if "t_init" in unet.card:
         raise ValueError(f"{source} is a one-step generator, no teacher; give the diffusion model that it is made from")

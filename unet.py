@@ -8,7 +8,7 @@
 Read this file first. It has four parts: the variance-preserving (VP) schedule, the U-Net of Ho, Jain
 and Abbeel ("Denoising Diffusion Probabilistic Models", 2020), the samplers, and weights on disk.
 
-Glossary. Labels (D1) to (D3) are this project's own; they stand on the line of code that does them.
+Glossary. Labels (D1) to (D3) and (L1) are this project's own; they stand on the line of code that does them.
 
     x0         x_0          a clean image, (B, C, H, W), in [-1, 1]
     noise      eps          standard Gaussian noise, the shape of x0
@@ -17,6 +17,7 @@ Glossary. Labels (D1) to (D3) are this project's own; they stand on the line of 
     a, s       a_t, s_t     sqrt(abar_t) and sqrt(1 - abar_t): how much signal, how much noise
     eps        eps_theta    the network's guess of the noise in x_t; the score is -eps / s_t  (D2)
     c          c            what the image should show: nothing, a class label, (B,), or a text embedding, (B, L, D)
+    guidance   k            how far beyond "nothing said", "", to go towards c; 1 is none     (L1)
 """
 import json
 import math

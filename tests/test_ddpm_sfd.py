@@ -534,6 +534,10 @@ BAD = [
     (["--preset", "imagenet"], "invalid choice"),
     (["--resume"], "no checkpoint.pt"),
     (["--out", "foreign"], "files that are not a run's"),
+    (["--out", "copies"], "files that are not a run's (generator.safetensors)"),
+    (["--out", "x" * 300], "--out: "),
+    (["--teacher", "foreign"], "foreign: a folder must hold"),
+    (["--teacher", "file.txt"], "file.txt: neither safetensors nor"),
     (["--out", "file.txt"], "is a file"),
 ]
 
@@ -551,6 +555,9 @@ def test_bad_input_gets_one_line_and_status_2(words, message, tmp_path, monkeypa
     save_unet(load_unet("mnist"), tmp_path / "another/mnist.safetensors")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("dear diary")
+    (tmp_path / "copies").mkdir()
+    for name in ("generator.safetensors", "metrics.json"):  # a run's names, but no run
+        (tmp_path / "copies" / name).write_text("mine")
     (tmp_path / "file.txt").write_text("x")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     with pytest.raises(SystemExit) as exit:

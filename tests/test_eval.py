@@ -413,6 +413,9 @@ def test_parse_classes_refuses(text):
     ("mnist --sampler ancestral --eta 1", "sampled by ancestral, which knows nothing of --eta"),
     ("mnist --per-class 1", "two images of each class"),
     ("mnist --out tests", "--out tests is a folder"),
+    ("mnist --images 500", "--images changes nothing for mnist; --per-class does"),
+    ("mnist-unconditional --forget 1 --per-class 7", "--per-class changes nothing"),
+    ("mnist --inception x.pt", "--inception changes nothing for mnist; --features inception does"),
 ])
 def test_flags_that_would_change_nothing_or_lose_everything_are_refused_before_the_work(words, says, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import os
+import pickle
 import platform
 import signal
 import subprocess
@@ -212,9 +213,10 @@ def test_a_finished_run_is_replaced_by_the_same_command_only(tmp_path, capsys):
     for step in first.loop({}):
         first.log(loss=step)
     first.finish({"ua": 1.0})
-    with pytest.raises(SystemExit):
-        Run(Config(out=config.out, lr=0.25), "")
-    assert "lr 0.5, not 0.25" in capsys.readouterr().err
+    for another, says in (dict(lr=0.25), "lr 0.5, not 0.25"), (dict(steps=2), "steps 3, not 2"):
+        with pytest.raises(SystemExit):
+            Run(Config(out=config.out, **another), "")
+        assert says in capsys.readouterr().err
     assert json.loads((tmp_path / "run/metrics.json").read_text())["ua"] == 1.0  # untouched
     Run(config, "")  # the same again is made anew
     assert not (tmp_path / "run/metrics.json").exists() and not (tmp_path / "run/checkpoint.pt").exists()
@@ -249,16 +251,56 @@ def test_presets_set_what_there_is_to_set(name):
         assert settings.keys() <= fields, preset
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path, capsys):
-    config = Config(out=str(tmp_path / "run"))
+@pytest.mark.parametrize("what, says", [
+    ("fewer steps", "already at step 3"),
+    ("half a checkpoint", "not a whole checkpoint of this run (RuntimeError"),
+    ("a pickle of code", "not a whole checkpoint of this run (UnpicklingError)"),
+    ("another network", "not a whole checkpoint of this run (RuntimeError"),
+    ("two processes", "is of 2 process(es)"),
+])
+def test_a_resume_that_is_refused_leaves_the_finished_run_as_it_was(tmp_path, capsys, what, says):
+    config, path = Config(out=str(tmp_path / "run")), tmp_path / "run/checkpoint.pt"
     run = Run(config, "")
     list(run.loop({"net": torch.nn.Linear(2, 2)}))
-    path = tmp_path / "run/checkpoint.pt"
-    path.write_bytes(path.read_bytes()[:300])
+    run.finish({"ua": 1.0})
+    if what == "half a checkpoint":
+        path.write_bytes(path.read_bytes()[:300])
+    elif what == "a pickle of code":
+        path.write_bytes(pickle.dumps(os.getcwd, protocol=2))
+    elif what == "two processes":
+        saved = torch.load(path, weights_only=True)
+        torch.save(saved | {"random": saved["random"] * 2}, path)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    capsys.readouterr()
+    again = dataclasses.replace(config, resume=True, steps=2 if what == "fewer steps" else 5)
     with pytest.raises(SystemExit) as exit:
-        list(Run(Config(out=config.out, resume=True), "").loop({"net": torch.nn.Linear(2, 2)}))
+        list(Run(again, "").loop({"net": torch.nn.Linear(2, 3 if what == "another network" else 2)}))
     error = capsys.readouterr().err
-    assert exit.value.code == 2 and "not a whole checkpoint" in error
+    assert exit.value.code == 2 and says in error and error.count("\n") == 1 and "weights_only" not in error
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before and "metrics.json" in before
+    if what == "fewer steps":  # and one that is not refused goes on
+        list(Run(dataclasses.replace(again, steps=5), "").loop({"net": torch.nn.Linear(2, 2)}))
+        assert not (tmp_path / "run/metrics.json").exists()
+        assert json.loads((tmp_path / "run/config.json").read_text())["steps"] == 5
+
+
+@pytest.mark.parametrize("error, status", [("KeyboardInterrupt", 130), ("LookupError", 1)])
+def test_ctrl_c_while_a_run_is_judged_says_how_to_go_on(tmp_path, error, status):
+    """After the last step; another error keeps its traceback."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from ddpm_sfd import Config
+from run import Run
+for step in Run(Config(steps=3, out="out", device="cpu"), "").loop({{}}):
+    pass
+raise {error}
+""")
+    process = python(str(script), tmp_path)
+    assert process.returncode == status, process.stderr
+    assert ("stopped after step 3; to go on:" in process.stdout and "--resume" in process.stdout) == (status == 130)
+    assert ("Traceback" in process.stderr) == (status == 1)
 
 
 def test_what_is_written_is_flushed_through_a_handle_that_may_write(tmp_path, monkeypatch):
