@@ -24,7 +24,7 @@ remains. The steps are the same.
 
 Where the two scores agree, the generator draws what the teacher would have drawn (asked with guidance k > 1 nearly,
 since guided scores at different t are of no one distribution): for a retained class the class itself, for a forgotten
-class the safe one. Nothing is left that pulls towards the forgotten class.
+class the safe one. Nothing in the loss pulls towards the forgotten class any more.
 
 Glossary. The labels stand on the lines that do them; (D1) to (D3) and (L1) are in unet.py.
 

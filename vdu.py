@@ -9,9 +9,10 @@ Models under Data Constraints: A Variational Inference Approach"), TMLR 2026, ar
     python vdu.py --preset tiny-sd --forget red       # a feature, from a text-to-image model
 
 The idea. Training gave us a belief about the weights, the posterior p(theta | D): a Gaussian around the weights mu*
-that we use, wide (sigma*) where independent trainings disagree, narrow where they agree. What we would like is the
-belief that we would hold had we never seen the undesired images D_f, only the retained rest D_r. Bayes' rule takes
-evidence out as easily as it puts it in. As p(theta | D) is proportional to p(D_f | theta) p(theta | D_r),
+that we use, wide (sigma*) where trainings disagree that went on alone from one beginning, narrow where they agree:
+their spread stands in for the posterior's. What we would like is the belief that we would hold had we never seen the
+undesired images D_f, only the retained rest D_r. Bayes' rule takes evidence out as easily as it puts it in. As
+p(theta | D) is proportional to p(D_f | theta) p(theta | D_r),
 
     (V1)  p(theta | D_r) is proportional to p(theta | D) / p(D_f | theta)
 
@@ -24,10 +25,10 @@ nearest to it:
 The second term makes the undesired images unlikely. Minus the denoising error bounds log p from below, and (V3), the
 plasticity inducer, pushes this bound down: the network shall denoise D_f badly (that log p follows is hoped, not
 proved). The first term, for two Gaussians of one width, is the distance between their means in units of sigma*: that
-is (V4), the stability regularizer, which lets a weight move if independent trainings disagree on it, and holds it if
-they agree. (V5) mixes the two.
+is (V4), the stability regularizer, which lets a weight move if those trainings disagree on it, and holds it if they
+agree. (V5) mixes the two.
 
-How far? (V3) has no lower bound: left alone it ends in a network that draws nothing. And on the way, it seems, the
+How far? (V3) has no lower bound: left alone it ends in a network that draws blots. And on the way, it seems, the
 error on D_f grows most by what all images share, such as more ink or less, so that the rest goes too. At mu* the slope
 of (V3) is still about D_f. So --plasticity tangent, as MNIST has it, takes (V3) by its tangent there, (V6), and (V5),
 with any gamma above 0, is a bowl with a minimum. We walk down by the natural gradient of q, in short steps, and stop

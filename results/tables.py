@@ -97,6 +97,42 @@ def aims(runs):
     return ratios, *(sum(column) for column in zip(*reached)), sum(map(all, reached))
 
 
+def glance():
+    """One row a method, over all of its runs: what is gone, what is kept, and how many runs reach all aims."""
+    lines = ["| | runs | gone, % (worst) | kept | distance over the teacher's (worst) | runs that reach all aims |",
+             "|---|---|---|---|---|---|"]
+
+    def row(name, runs, gone, kept, ratios, reached):
+        gone = [100 * run[gone] for run in runs]
+        lines.append(f"| {name} | {len(runs)} | {spread(gone, '{:.1f}')} ({min(gone):.1f}) | {kept} "
+                     f"| {spread(ratios, '{:.2f}')} ({max(ratios):.2f}) | {reached} |")
+
+    runs = read("ddpm_sfd-mnist")
+    ratios, *_, reached = aims(runs)
+    accuracy, its = (mean(100 * run[key] for run in runs) for key in ("retained_accuracy", "teacher_retained_accuracy"))
+    row("SFD, each digit, MNIST", runs, "ua", f"accuracy {accuracy:.1f}% (teacher {its:.1f}%)", ratios, reached)
+
+    runs = read("sd_sfd-tiny")
+    ratios = [run["fid"] / run["teacher_fid"] for run in runs]
+    right = {name: [(run[name], run[f"teacher_{name}"]) for run in runs if run[name] is not None] for name in ("near", "far")}
+    reached = sum(run["ua"] >= 0.99 and ratio <= 1.2 and all(run[name] is None or run[name] >= run[f"teacher_{name}"] - 0.02
+                                                             for name in right) for run, ratio in zip(runs, ratios))
+    kept = ", ".join(f"{name} {mean(100 * a for a, _ in pairs):.1f}%" for name, pairs in right.items())
+    kept += f" (teacher {mean(100 * b for _, b in right['far']):.0f}%)"
+    row("SFD, digits, colours and pairs, text-to-image", runs, "ua", kept, ratios, reached)
+
+    runs = read("vdu-mnist")
+    ratios, points = [run["u_fid"] / run["teacher_u_fid"] for run in runs], vdu_points(runs)
+    reached = sum(run["pul"] >= 0.9 and ratio <= 2 and abs(p) <= 4 for run, ratio, p in zip(runs, ratios, points))
+    row("VDU, each digit, MNIST", runs, "pul", f"confidence {spread(points, '{:.1f}')} points", ratios, reached)
+    return lines
+
+
+def vdu_points(runs):
+    """The classifier's confidence in the images of each run, in points over that in the teacher's."""
+    return [100 * (run["confidence"] - run["teacher_confidence"]) for run in runs]
+
+
 def stages():
     """From the teacher or in two stages, at equal digits and seeds: how many runs reach each aim, the mean and the worst."""
     sets = {"two stages, the default": "ddpm_sfd-mnist", "one stage, from the teacher": "ddpm_sfd-mnist-one-stage"}
@@ -121,9 +157,9 @@ def vdu():
     """One row a forgotten class: mean and standard deviation over seeds, the worst seed beside it."""
     runs = read("vdu-mnist")
     lines = [
-        "| forgotten | PUL, % (worst) | u-FID over the teacher's retained images' (worst) | the same, classes alike "
-        "| over the teacher's u-FID "
-        "| confidence, points to the teacher's (worst) | steps | seconds of training |",
+        "| forgotten | PUL, % (worst) | u-FID over that of the teacher's images without the digit (worst) | the same, classes alike "
+        "| u-FID over that of all its images "
+        "| confidence minus the teacher's, points (worst) | steps | seconds of training |",
         "|---|---|---|---|---|---|---|---|",
     ]
 
@@ -132,7 +168,7 @@ def vdu():
             return [run[above] / run[below] for run in group]
 
         pul, strict = [100 * run["pul"] for run in group], ratio("u_fid", "teacher_fid")
-        points = [100 * (run["confidence"] - run["teacher_confidence"]) for run in group]
+        points = vdu_points(group)
         return (
             f"| {name} | {spread(pul, '{:.1f}')} ({min(pul):.1f}) | {spread(strict, '{:.1f}')} ({max(strict):.1f}) "
             f"| {spread(ratio('balanced_fid', 'teacher_balanced_fid'), '{:.2f}')} | {spread(ratio('u_fid', 'teacher_u_fid'), '{:.2f}')} "
@@ -270,13 +306,13 @@ def step_time():
         )
     if not any(map(on_gpu, runs)):
         lines.append("| cifar10 on a CUDA GPU | 128 + 128 |" + " not measured |" * 6)
-    cpu = next(r for r in runs if not on_gpu(r))
+    cpu = {r["machine"]: r["precision"].removeprefix("torch.") for r in runs if not on_gpu(r)}
     return [
         *lines,
         "",
         "Median over the timed steps (their times are in the JSON), both loops in turn in one process. On the CPU: "
-        f"{cpu['machine']}, ours in {cpu['precision'].removeprefix('torch.')}. Memory, in a process of its own each: "
-        f"{cpu['memory_is']}; on a GPU what is allocated there. Float32 there has TF32 inside convolutions, as PyTorch has "
+        f"{'; '.join(f'{machine}, ours in {precision}' for machine, precision in cpu.items())}. Memory, in a process of its "
+        "own each: resident set of the process, torch included; on a GPU what is allocated there. Float32 there has TF32 inside convolutions, as PyTorch has "
         "it. Made by `python benchmarks/step_time.py`.",
     ]
 
@@ -297,9 +333,9 @@ def sampling():
 
 
 PAGES = {
-    HERE.parent / "README.md": {"all-classes": all_classes, "concepts": concepts, "vdu": vdu,
-                                "step-time": step_time, "sampling": sampling},
-    HERE / "README.md": {"stages": stages, "one-stage-or-two": one_stage_or_two, "vdu-settings": vdu_settings},
+    HERE.parent / "README.md": {"glance": glance, "all-classes": all_classes, "step-time": step_time, "sampling": sampling},
+    HERE / "README.md": {"stages": stages, "one-stage-or-two": one_stage_or_two, "concepts": concepts, "vdu": vdu,
+                         "vdu-settings": vdu_settings},
 }
 
 

@@ -104,20 +104,25 @@ def frontier(axes, forget, curves, results, title):
         mine = [(label, results[forget, f"{curve}-{label}"]) for label, _ in places]
         x, y = [100 * r["pul"] for _, r in mine], [r["u_fid"] for _, r in mine]
         axes.plot(x, y, "D" if curve == "range" else "o-", markersize=5, color=f"C{n}", label=name)
-        for (label, _), *at in zip(mine, x, y):
-            axes.annotate(label, at, xytext=(3, 3), textcoords="offset points", fontsize=7, color=f"C{n}")
+        for k, ((label, _), *at) in enumerate(zip(mine, x, y)):
+            if curve == "range" or k in (0, len(mine) - 1):  # of a curve its ends
+                axes.annotate(label, at, xytext=(4, 4), textcoords="offset points", fontsize=9, color=f"C{n}")
     for key, name, style in (("teacher_u_fid", "the teacher's images", "--"), ("teacher_fid", "the same without the digit", ":")):
         axes.axhline(mine[0][1][key], color="0.3", linewidth=1, linestyle=style, label=name)
     axes.set(xlabel="PUL, %", ylabel="u-FID", yscale="log", title=title)
+    axes.set_yticks([0.5, 1, 2, 5, 10, 20, 50, 100], "0.5 1 2 5 10 20 50 100".split())
+    axes.minorticks_off()
     axes.margins(0.1)  # room for what is written beside the points
-    axes.legend(fontsize=7)
+    highest = max(results[forget, f"{curve}-{label}"]["u_fid"] for curve, (_, places) in curves.items() for label, _ in places)
+    axes.set_ylim(0.7 * mine[0][1]["teacher_fid"], 1.5 * highest)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=9, columnspacing=1, handlelength=1)
 
 
 def draw(results):
     """What each term is for; other settings, one panel a digit; how few images. results: (digit, name) -> dict."""
     easy, *hard = args.forget
-    figure = matplotlib.figure.Figure(figsize=(5 * (2 + len(hard)), 4.5), layout="constrained")
-    terms, *settings, sweep = figure.subplots(1, 2 + len(hard))
+    figure = matplotlib.figure.Figure(figsize=(6.5 * (1 + len(hard)) + 4, 6), layout="constrained")
+    terms, *settings, sweep = figure.subplots(1, 2 + len(hard), width_ratios=[6.5] * (1 + len(hard)) + [4])
     frontier(terms, easy, TERMS, results, f"forgetting {easy}: what each term is for")
     for axes, forget in zip(settings, hard):
         frontier(axes, forget, SETTINGS, results, f"forgetting {forget}: how far other settings get")

@@ -81,7 +81,7 @@ def draw(paths):
             axes.scatter(x, y, c=full, edgecolors=f"C{n}", zorder=3, s=25)
         axes.set(title=f"forgetting {forget}", yscale="log", xlim=(0, 103), ylim=(0.3, 12))
         axes.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
-    figure.axes[0].legend(fontsize=7)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.supxlabel("PUL, %")
     figure.supylabel("u-FID over the teacher's")
     figure.savefig(ROOT / "results" / "vdu_paths.png", dpi=90, metadata={"Software": None})
