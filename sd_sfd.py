@@ -50,7 +50,9 @@ from concepts import (
     ConceptJudge,
     check_drawn,
     contains,
+    evaluate_concept,
     every_prompt,
+    load_concept_statistics,
     next_of_its_kind,
     prompt_grid,
     read_prompts,
@@ -58,7 +60,7 @@ from concepts import (
     shown,
     without,
 )
-from eval import evaluate_concept, load_concept_statistics, table
+from eval import table
 from run import Run, choose_amp, choose_device, linear_decay, option, parse, refusing
 from samples import generate, guided_sampler
 from stable_diffusion import load_stable_diffusion

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from concepts import PAIRS, TEMPLATES, ConceptJudge, every_prompt, paint
+from concepts import PAIRS, TEMPLATES, ConceptJudge, draw_concepts, every_prompt, paint
 from data import mnist
-from eval import draw_concepts, frechet_distance, moments, pool
+from metrics import frechet_distance, moments, pool
 from samples import guided_sampler
 from stable_diffusion import Autoencoder, StableDiffusion
 from text import TextEncoder, word_tokenizer

@@ -53,16 +53,17 @@ import torch
 from torchvision.io import ImageReadMode, read_image
 from torchvision.transforms.functional import center_crop, resize
 
-from concepts import ConceptJudge, check_drawn, contains, every_prompt, prompt_grid
-from data import cifar10, mnist
-from eval import (
-    check_forget,
+from concepts import (
+    ConceptJudge,
+    check_drawn,
+    contains,
     evaluate_concept,
-    evaluate_unconditional,
+    every_prompt,
     load_concept_statistics,
-    parse_classes,
-    table,
+    prompt_grid,
 )
+from data import cifar10, mnist
+from eval import check_forget, evaluate_unconditional, parse_classes, table
 from features import Judge
 from run import Run, checksum, option, parse, refusing
 from samples import generate, guided_sampler, image_grid, unconditional_sampler
