@@ -249,7 +249,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.fused = True if self.device.type == "cuda" else None  # for Adam; None: as torch likes it
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.curves, self.seconds, self.bar = {}, 0.0, None
+        self.curves, self.seconds, self.bar, self.hook = {}, 0.0, None, sys.excepthook
         self.enough = False  # set it in the loop (in every process) to make the present step the last one
         self.settings = dataclasses.asdict(config)
         parts = self.world * getattr(config, "accumulate", 1)
@@ -391,12 +391,14 @@ class Run:
                 self.leave()
         self.bar.close()
         signal.signal(signal.SIGINT, previous)
-        sys.excepthook = self.leave
+        self.hook, sys.excepthook = sys.excepthook, self.leave
+        if self.any_process(interrupted):  # while the last step was being saved
+            self.leave()
 
     def leave(self, kind=KeyboardInterrupt, *error):
         """After Ctrl-C: say how to go on from the checkpoint, and end, with status 130. As sys.excepthook, too."""
         if kind is not KeyboardInterrupt:
-            return sys.__excepthook__(kind, *error)
+            return self.hook(kind, *error)
         self.bar.close()
         words = [w for w in sys.argv if w != "--resume"]
         words = subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
@@ -446,7 +448,7 @@ class Run:
             random = saved["random"][self.rank % len(saved["random"])]
         except Exception as error:  # whatever a damaged or foreign pickle raises
             reason = type(error).__name__
-            if not isinstance(error, pickle.UnpicklingError):  # which advises to run what the file holds
+            if str(error) and not isinstance(error, pickle.UnpicklingError):  # which advises to run what the file holds
                 reason += f": {str(error).splitlines()[0]}"
             refuse(f"--resume: {path} is not a whole checkpoint of this run ({reason})")
         if len(saved["random"]) != self.world:
@@ -465,6 +467,7 @@ class Run:
 
     def finish(self, metrics):
         """Write curves.png, and metrics.json with what the numbers were made with and on; leave the process group."""
+        sys.excepthook = self.hook
         if self.rank == 0:
             plot_curves(self.curves, self.folder / "curves.png")
             write_json(self.folder / "metrics.json", metrics | {

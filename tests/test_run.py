@@ -255,6 +255,7 @@ def test_presets_set_what_there_is_to_set(name):
     ("fewer steps", "already at step 3"),
     ("half a checkpoint", "not a whole checkpoint of this run (RuntimeError"),
     ("a pickle of code", "not a whole checkpoint of this run (UnpicklingError)"),
+    ("an empty checkpoint", "not a whole checkpoint of this run (EOFError)"),
     ("another network", "not a whole checkpoint of this run (RuntimeError"),
     ("two processes", "is of 2 process(es)"),
 ])
@@ -265,6 +266,8 @@ def test_a_resume_that_is_refused_leaves_the_finished_run_as_it_was(tmp_path, ca
     run.finish({"ua": 1.0})
     if what == "half a checkpoint":
         path.write_bytes(path.read_bytes()[:300])
+    elif what == "an empty checkpoint":
+        path.write_bytes(b"")
     elif what == "a pickle of code":
         path.write_bytes(pickle.dumps(os.getcwd, protocol=2))
     elif what == "two processes":
@@ -284,18 +287,25 @@ def test_a_resume_that_is_refused_leaves_the_finished_run_as_it_was(tmp_path, ca
         assert json.loads((tmp_path / "run/config.json").read_text())["steps"] == 5
 
 
-@pytest.mark.parametrize("error, status", [("KeyboardInterrupt", 130), ("LookupError", 1)])
-def test_ctrl_c_while_a_run_is_judged_says_how_to_go_on(tmp_path, error, status):
-    """After the last step; another error keeps its traceback."""
+@pytest.mark.parametrize("when, error, status", [
+    ("afterwards", "KeyboardInterrupt", 130), ("afterwards", "LookupError", 1), ("while the last step is saved", "", 130)])
+def test_ctrl_c_after_the_last_step_says_how_to_go_on(tmp_path, when, error, status):
+    """While the run is being saved or judged; another error keeps its traceback."""
     script = tmp_path / "script.py"
     script.write_text(f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
+import os
+import signal
 from ddpm_sfd import Config
 from run import Run
-for step in Run(Config(steps=3, out="out", device="cpu"), "").loop({{}}):
+run = Run(Config(steps=3, out="out", device="cpu"), "")
+save = run.save
+if {when != "afterwards"}:
+    run.save = lambda path: (save(path), os.kill(os.getpid(), signal.SIGINT))
+for step in run.loop({{}}):
     pass
-raise {error}
+raise {error or "SystemExit(0)"}
 """)
     process = python(str(script), tmp_path)
     assert process.returncode == status, process.stderr
