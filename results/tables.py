@@ -306,12 +306,16 @@ def step_time():
         )
     if not any(map(on_gpu, runs)):
         lines.append("| cifar10 on a CUDA GPU | 128 + 128 |" + " not measured |" * 6)
-    cpu = {r["network"]: (r["machine"], r["precision"].removeprefix("torch.")) for r in runs if not on_gpu(r)}
+    cpu = {}  # what ran on it -> its networks
+    for r in runs:
+        if not on_gpu(r):
+            cpu.setdefault(f"{r['machine']}, ours in {r['precision'].removeprefix('torch.')}", []).append(r["network"])
+    cpu = "; ".join(f"{' and '.join(networks)}, {what}" for what, networks in cpu.items())
     return [
         *lines,
         "",
         "Median over the timed steps (their times are in the JSON), both loops in turn in one process. On the CPU: "
-        f"{'; '.join(f'{network}, {machine}, ours in {precision}' for network, (machine, precision) in cpu.items())}. Memory, in a process of its "
+        f"{cpu}. Memory, in a process of its "
         "own each: resident set of the process, torch included; on a GPU what is allocated there. Float32 there has TF32 inside convolutions, as PyTorch has "
         "it. Made by `python benchmarks/step_time.py`.",
     ]
