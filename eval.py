@@ -349,11 +349,10 @@ def main(config):
         return main_of_concepts(config, unet, device)
     unconditional, on_inception = unet.num_classes is None, config.features == "inception"
     with refusing():
-        for flag, useless in (("--per-class", config.per_class and unconditional),
-                              ("--images", config.images and not unconditional),
-                              ("--inception", config.inception and not on_inception)):
+        for flag, useless, instead in (("--per-class", config.per_class and unconditional, "--images"),
+                                       ("--images", config.images and not unconditional, "--per-class"),
+                                       ("--inception", config.inception and not on_inception, "--features inception")):
             if useless:
-                instead = {"--per-class": "--images", "--images": "--per-class"}.get(flag, "--features inception")
                 raise ValueError(f"{flag} changes nothing for {config.checkpoint}; {instead} does")
     schedule, per_class = VPSchedule.linear().to(device), config.per_class or (5000 if on_inception else 1000)
     images = config.images or (50_000 if on_inception else 2000)

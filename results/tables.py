@@ -315,8 +315,8 @@ def step_time():
         *lines,
         "",
         "Median over the timed steps (their times are in the JSON), both loops in turn in one process. On the CPU: "
-        f"{cpu}. Memory, in a process of its "
-        "own each: resident set of the process, torch included; on a GPU what is allocated there. Float32 there has TF32 inside convolutions, as PyTorch has "
+        f"{cpu}. Memory, in a process of its own each: resident set of the process, torch included; on a GPU what is "
+        "allocated there. Float32 there has TF32 inside convolutions, as PyTorch has "
         "it. Made by `python benchmarks/step_time.py`.",
     ]
 
