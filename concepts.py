@@ -12,6 +12,7 @@ what is left of a concept, and of all others.
 
 import itertools
 import re
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def every_prompt():
 
 
 def words(text):
-    return re.findall(r"[^\W_]+", text.lower())
+    return re.findall(r"[^\W_]+", unicodedata.normalize("NFC", text).lower())
 
 
 def contains(prompt, concept):
@@ -101,9 +102,10 @@ def without(prompt, concept):
 def read_prompts(path):
     """The prompts of a file: one a line; empty lines and those that begin with # do not count. ValueError if none."""
     try:
-        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+        text = unicodedata.normalize("NFC", Path(path).read_text(encoding="utf-8-sig"))  # as CLIP does: one e-acute
     except UnicodeDecodeError:
         raise ValueError(f"{path} is no text in UTF-8; save it as such") from None
+    prompts = [line.strip() for line in text.splitlines()]
     prompts = [line for line in prompts if line and not line.startswith("#")]
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one a line")

@@ -322,19 +322,20 @@ def read_diffusers(config, tensors, file):
     """(U-Net, what was found) of the tensors of a UNet2DModel or a UNet2DConditionModel, and its configuration."""
     try:
         theirs = json.loads(file.read_text(encoding="utf-8"))
-        if theirs.get("_class_name") == "UNet2DConditionModel":  # Stable Diffusion's
-            found = {"container": "UNet2DConditionModel of diffusers", "tensors": len(tensors)}
-            return text_unet(tensors, theirs | ({"sample_size": config.image_size} if config.image_size else {})), found
-        settings = diffusers_settings(theirs, config.image_size)
-        pipeline = file.resolve().parent.name == "unet"
+        text = theirs.get("_class_name") == "UNet2DConditionModel"  # Stable Diffusion's
+        settings = None if text else diffusers_settings(theirs, config.image_size)
+        pipeline = file.parent.resolve().name == "unet"  # the folder: in the hub's cache files are links elsewhere
         schedule = file.parent / ("../scheduler" if pipeline else "") / "scheduler_config.json"
-        if schedule.is_file():
+        if schedule.is_file() and not text:
             file = schedule
             supported_or_refused(json.loads(file.read_text(encoding="utf-8")), SCHEDULE)
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"its {file.name} describes no UNet2DModel: {error!r}") from None
     except ValueError as error:
         raise ValueError(f"its {file.name}: {error}") from None
+    if text:
+        found = {"container": "UNet2DConditionModel of diffusers", "tensors": len(tensors)}
+        return text_unet(tensors, theirs | ({"sample_size": config.image_size} if config.image_size else {})), found
     tensors = {name: t[:, :, None, None] if t.ndim == 2 and ".attentions." in name else t  # Linear as 1x1 convolution
                for name, t in rename(tensors, OLD_DIFFUSERS).items()}
     return fill(settings, tensors, DIFFUSERS), {"container": "UNet2DModel of diffusers", "tensors": len(tensors)}
@@ -360,6 +361,9 @@ def text_unet(tensors, config):
         })
         if not isinstance(heads, int) or not isinstance(text_dim, int):  # the heads' number is called their width there
             raise ValueError("attention_head_dim and cross_attention_dim must be one number each, for all levels")
+        if not isinstance(config["sample_size"], int):
+            raise ValueError(f"sample_size {config['sample_size']!r} is no size of square latents; convert.py takes "
+                             "--image-size")
         settings = {"in_channels": in_channels, "channels": widths[0], "blocks": config.get("layers_per_block", 2),
                     "multipliers": [width // widths[0] for width in widths], "text_dim": text_dim, "heads": heads,
                     "groups": config.get("norm_num_groups", 32), "dropout": config.get("dropout", 0.0),
@@ -435,6 +439,8 @@ def read(config, path):
     if isinstance(content, UNet):
         if config.image_size not in (0, content.config["image_size"]):
             raise ValueError(f"--image-size {config.image_size}: it says itself {content.config['image_size']}")
+        if config.t_init not in (Config.t_init, content.card.get("t_init")):
+            raise ValueError(f"--t-init {config.t_init}: its card says {content.card.get('t_init', 'no generator')}")
         return content, {"container": "U-Net of minUnlearn", "tensors": len(content.state_dict())}
     if not is_tensors(content):
         raise ValueError(f"a {type(content).__name__} is neither a checkpoint list nor the tensors of a network")
@@ -458,8 +464,9 @@ def main(config):
     source, out = Path(config.source), Path(config.out)
     if not config.source or not config.out:
         refuse("name a source and a file to write: python convert.py SOURCE OUT.safetensors (see --help)")
-    if out.suffix != ".safetensors" or out.is_dir():
-        refuse(f"{out} is no name of a .safetensors file to write")
+    with refusing("OUT: "):  # a name too long, a folder that may not be read
+        if out.suffix != ".safetensors" or out.is_dir():
+            refuse(f"{out} is no name of a .safetensors file to write")
     with refusing(f"{config.source}: "):
         path = locate(Path(fetch(config.source)))
         if out.exists() and out.samefile(path):

@@ -37,7 +37,7 @@ from features import Classifier, ResNet34
 from run import MAY_CHANGE, Run, checksum, commit, machine, option, parse, refuse, refusing, write_json
 from stable_diffusion import Autoencoder, load_stable_diffusion, save_stable_diffusion
 from teachers import load_teacher
-from unet import UNet, VPSchedule, read_tensors, save_unet, weights_path, write_tensors
+from unet import UNet, VPSchedule, load_unet, read_tensors, save_unet, write_tensors
 from vdu import posterior
 
 MNIST = dict(
@@ -82,12 +82,14 @@ class Config:
     steps: int = option(12_000, "optimizer steps", low=0)
     batch_size: int = option(64, "images a step, over all processes", low=1)
     lr: float = option(1.5e-3, "peak learning rate of Adam; of SGD for the classifiers of CIFAR-10 and STL-10", low=0)
-    lr_down: float = option(0.4, "share of the steps, the last ones, over which the rate goes to 0", low=0, high=1)
+    lr_down: float = option(0.4, "share of the steps, the last ones, over which the rate goes to 0; not for "
+                           "classifiers", low=0, high=1)
     flip: float = option(0.0, "share of images that are mirrored; teachers", low=0, high=1)
     ema: float = option(0.999, "decay of the weight average that is kept; teachers, tiny-sd", low=0, high=1)
     label_dropout: float = option(0.1, "share of labels or prompts replaced by 'none', for guidance; teachers, tiny-sd",
                                   low=0, high=1)
-    min_snr: float = option(5.0, "loss weight min(SNR, this) / SNR (Hang et al. 2023, 'Min-SNR'); teachers", low=0)
+    min_snr: float = option(5.0, "loss weight min(SNR, this) / SNR (Hang et al. 2023, 'Min-SNR'); teachers, "
+                           "posteriors", low=0)
     init: str = option("", "what to start from: a teacher, by shipped name, file, URL or hub:ORG/NAME; tiny-sd: its "
                        "autoencoder's file")
     checkpoints: int = option(5, "K, networks that share a beginning and share the steps; posterior", low=2)
@@ -427,7 +429,9 @@ def check_beginning(config):
     elif config.what in TEACHERS or config.what in ("mnist-posterior", "cifar10-posterior"):
         start(config)
     for name in filter(None, config.snapshots.split(",")):
-        weights_path(name)
+        unet = load_unet(name)
+        if (unet.num_classes, unet.image_shape) != (10, (1, 28, 28)):
+            raise ValueError(f"--snapshots {name} is no class-conditional teacher of MNIST")
 
 
 def main(config):

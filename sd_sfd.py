@@ -223,6 +223,14 @@ def read_concept(config):
     return retained, forget, safe, ""
 
 
+def check_length(tokenizer, forget, safe):
+    """ValueError if the model reads a prompt of `forget` as it reads the safe one, both cut off before they differ."""
+    for prompt, unread in zip(forget, (tokenizer(forget) == tokenizer(safe)).all(dim=1)):
+        if unread:
+            raise ValueError(f"only the first {tokenizer.max_length - 2} tokens of a prompt are read; what is to be "
+                             f"forgotten stands behind them in {prompt!r}, so shorten it")
+
+
 # ---------------------------------------------------------------------------- the loop
 
 
@@ -322,6 +330,7 @@ def main(config):
         if config.t_min >= config.t_max:
             raise ValueError(f"--t-min {config.t_min} must be below --t-max {config.t_max}")
         sd = load_stable_diffusion(config.sd)
+        check_length(sd.tokenizer, forget, safe)
         generator, fake_score = read_pair(config, sd.unet)
         if config.weights == "bf16" and choose_amp(config.amp, choose_device(config.device)) != torch.bfloat16:
             raise ValueError("--weights bf16 needs --amp bf16")

@@ -1,5 +1,6 @@
 """The network, the noise schedule and the samplers: what every method file stands on.
 
+    import torch
     from unet import UNet, VPSchedule, load_unet, ddim_sample
 
     teacher, schedule = load_unet("mnist"), VPSchedule.linear()

@@ -432,6 +432,16 @@ def test_another_schedule_or_prediction_is_refused_by_name(place, tmp_path, caps
     run(source, out)
 
 
+def test_the_schedule_is_found_where_files_are_links_as_in_the_hubs_cache(tmp_path, capsys):
+    blobs = folder(tmp_path / "blobs", SMALL, peer(SMALL).state_dict())
+    (tmp_path / "snapshot" / "unet").mkdir(parents=True)
+    for file in blobs.iterdir():
+        (tmp_path / "snapshot" / "unet" / file.name).symlink_to(file)
+    (tmp_path / "snapshot" / "scheduler").mkdir()
+    (tmp_path / "snapshot" / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
+    assert "prediction_type" in refused(capsys, tmp_path / "snapshot", tmp_path / "out.safetensors")
+
+
 @pytest.mark.parametrize("setting, value", [
     ("flip_sin_to_cos", False), ("freq_shift", 1), ("downsample_padding", 0), ("num_attention_heads", 8),
     ("mid_block_type", "UNetMidBlock2D"), ("only_cross_attention", True), ("dual_cross_attention", True),
@@ -611,6 +621,9 @@ def test_files_that_are_no_checkpoints_are_refused(networks, tmp_path, capsys):
         line = refused(capsys, tmp_path / name, out)
         assert word in line and name in line
     assert out.read_text() == "an older result"
+    save_unet(random_unet(), tmp_path / "generator.safetensors", t_init=300)
+    line = refused(capsys, tmp_path / "generator.safetensors", out, "--t-init", "625")
+    assert "its card says 300" in line and out.read_text() == "an older result"
     run(tmp_path / "whole.pth", out)  # and a success does replace it
     assert load_unet(out).num_classes == 10
 
@@ -620,7 +633,7 @@ def test_a_place_that_cannot_be_written_to_is_refused(tmp_path, capsys):
     save_unet(random_unet(), source)
     (tmp_path / "folder.safetensors").mkdir()
     assert "the file to write, too" in refused(capsys, source, source)
-    for out, word in [("b.pth", "no name of a .safetensors"), ("folder.safetensors", "no name of a .safetensors"),
+    for out, word in [("b.pth", "no name of a .safetensors"), ("b" * 300 + ".safetensors", "too long"), ("folder.safetensors", "no name of a .safetensors"),
                       ("a.safetensors/b.safetensors", "a.safetensors")]:
         assert word in refused(capsys, source, tmp_path / out)
     for words in ([], [source]):

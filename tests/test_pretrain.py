@@ -134,7 +134,8 @@ def test_no_network_of_a_posterior_is_that_of_another_seed(tmp_path, data):
 
 
 @pytest.mark.parametrize("words", ["mnist --init nothere", "mnist-posterior --init nothere", "mnist --init mnist-unconditional",
-                                   "mnist-statistics --snapshots nothere", "tiny-sd --init nothere"])
+                                   "mnist-statistics --snapshots nothere",
+                                   "mnist-statistics --snapshots mnist-unconditional", "tiny-sd --init nothere"])
 def test_what_a_run_begins_with_is_read_before_anything_is_written(words, tmp_path, data, capsys):
     with pytest.raises(SystemExit) as leaving:
         pretrain.main(parse(pretrain.Config, "", pretrain.PRESETS, [*words.split(), "--data", str(data), "--out", str(tmp_path / "out")]))

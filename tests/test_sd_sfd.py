@@ -129,6 +129,23 @@ def test_the_negative_prompt_takes_the_place_of_the_safe_one():
     assert safe[forget.index("three, written in red")] == "written in red"
 
 
+def test_an_accent_is_the_same_however_it_is_written(tmp_path):
+    """In one code point, or in two, as files of a Mac often have it; CLIP's tokenizer makes no difference either."""
+    (tmp_path / "keep.txt").write_text("a tree\na photo of Beyonce\u0301\n", encoding="utf-8")
+    for spelling in ("Beyonc\u00e9", "Beyonce\u0301"):
+        retained, forget, safe, _ = read_concept(Config(
+            forget=spelling, override="a singer", sd="folder", retain_prompts=str(tmp_path / "keep.txt")))
+        assert (retained, forget, safe) == (["a tree"], ["a photo of Beyonc\u00e9"], ["a photo of a singer"])
+
+
+def test_a_concept_behind_the_last_token_that_is_read_is_refused(tmp_path, capsys):
+    (tmp_path / "long.txt").write_text("a very very long and careful photograph of a digit, namely three\n")
+    with pytest.raises(SystemExit) as leaving:
+        sd_sfd.main(Config(forget="three", forget_prompts=str(tmp_path / "long.txt"), out=str(tmp_path / "run")))
+    assert leaving.value.code == 2 and "only the first 14 tokens" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_subjects_are_joined_with_each_forbidden_word(tmp_path):
     (tmp_path / "keep.txt").write_text("a tree\na nude tree\n")
     (tmp_path / "people.txt").write_text("a woman\na {} man\na naked tree\n")
