@@ -224,7 +224,7 @@ def evaluate_concept(sample, sd, judge, concept, per_pair, seed, teacher, nfe=1)
     teacher = [x[: len(pairs)] for x in teacher]  # as many of each pair, for FID depends on how many; 20 at most
     means, covariances = judge.real_moments()
     asked = torch.tensor([bool(concept) and shown(*pair, concept) for pair in PAIRS])
-    near = torch.tensor([any(shown(*pair, word) for word in concept.split()) for pair in PAIRS]) & ~asked
+    near = torch.tensor([any(shown(*pair, word) for word in words(concept)) for pair in PAIRS]) & ~asked
 
     def numbers(features, digits, colours, pairs):
         right = (torch.stack([digits, colours], 1) == torch.tensor(PAIRS)[pairs]).all(1)

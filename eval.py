@@ -1,7 +1,7 @@
 """What is left of the forgotten class, and of everything else: reports of a network, and the command that makes them.
 
     python eval.py runs/ddpm_sfd-mnist-forget0/generator.safetensors --forget 0
-    python eval.py mnist --sampler ddim --steps 50 --per-class 100      # 1,000 a class, the default, take ten minutes
+    python eval.py mnist --sampler ddim --steps 50 --per-class 100      # 1,000, the default, take a quarter of an hour
     python eval.py mnist --sampler ancestral --per-class 10 --data data    # with real images also precision and recall
     python eval.py generator.safetensors --features inception --data data --teacher cifar10.safetensors
     python eval.py runs/sd_sfd-tiny-forget-three/generator.safetensors
@@ -59,7 +59,19 @@ from metrics import (  # noqa: F401 (the same)
     report,
     unlearning_accuracy,
 )
-from run import checksum, choose_amp, choose_device, command, commit, machine, option, parse, refusing, write_json
+from run import (
+    check_out,
+    checksum,
+    choose_amp,
+    choose_device,
+    command,
+    commit,
+    machine,
+    option,
+    parse,
+    refusing,
+    write_json,
+)
 from samples import balanced_labels, generate, sampler_of, unconditional_sampler
 from stable_diffusion import load_stable_diffusion
 from teachers import load_teacher
@@ -204,12 +216,14 @@ def table(result):
         def beside(name):
             return "none" if result[name] is None else f"{result[name]:.2%}   (teacher {result[f'teacher_{name}']:.2%})"
 
+        its = result["teacher_images"]  # FIDs of other numbers of pictures do not quite compare
+        of = f" of {its:,} pictures" if its != result["images"] else ""
         if "ua" in result:
             rows = [("UA (concept gone)", f"{result['ua']:.2%} of {result['ua_images']:,} pictures"),
                     ("it draws instead", ", ".join(f"{v:.1%} {k}s" for k, v in result["became"].items()))]
         rows += [("retained accuracy", beside("retained_accuracy")), ("near the concept", beside("near")),
                  ("far from it", beside("far")),
-                 ("FID on retained prompts", f"{result['fid']:.3f}   (teacher {result['teacher_fid']:.3f})"),
+                 ("FID on retained prompts", f"{result['fid']:.3f}   (teacher {result['teacher_fid']:.3f}{of})"),
                  ("network calls a picture", f"{result['nfe']}"),
                  ("seconds per 1,000", f"{result['seconds_per_1000']:.2f}")]
         return "\n".join(f"{name:>26}  {value}" for name, value in rows)
@@ -248,6 +262,8 @@ def table(result):
                  if f"entropy_{part}" in result]
     if entropies:
         rows.append(("entropy, in nats", ", ".join(entropies)))
+    if result.get("features", "").startswith("FID Inception"):  # which data set follows from the size of its images
+        rows.append(("compared with", result["reference"]))
     rows += [("network calls an image", f"{result['nfe']}"),
              ("seconds per 1,000 images", f"{result['seconds_per_1000']:.2f}")]
     if "training_seconds" in result:
@@ -293,25 +309,41 @@ def choose_kind(config, unet):
     kind = config.sampler if config.sampler != "auto" else "one-step" if "t_init" in unet.card else "ddim"
     if kind == "one-step" and "t_init" not in unet.card:
         raise ValueError(f"--sampler one-step: {config.checkpoint} is no distilled generator (its card has no t_init)")
-    if config.eta and kind != "ddim" or config.guidance and kind == "one-step":
-        flags = "--eta" if kind == "ancestral" else "--eta and --guidance"
-        raise ValueError(f"{config.checkpoint} is sampled by {kind}, which knows nothing of {flags}; leave that out")
     return kind
+
+
+def check_flags(config, unet, kind):
+    """ValueError for a flag that was given and would change nothing."""
+    text, classes = unet.text_dim is not None, unet.num_classes is not None
+    on_inception = config.features == "inception"
+    count = "--per-pair" if text else "--per-class" if classes else "--images"
+    drawn = config.teacher or unet.card.get("teacher", "mnist") != "mnist"  # a teacher whose numbers are not at hand
+    for name, useless, instead in (
+            ("per_class", count != "--per-class", count), ("images", count != "--images", count),
+            ("per_pair", count != "--per-pair", count), ("inception", text or not on_inception, "--features inception"),
+            ("features", text, ""), ("data", text, ""), ("teacher", text, ""), ("classifier", text, ""),
+            ("statistics", text or on_inception, ""), ("eta", kind != "ddim", ""),
+            ("guidance", kind == "one-step" or not (text or classes), ""),
+            ("steps", kind == "ancestral" or kind == "one-step" and (text or not drawn), "")):
+        if useless and getattr(config, name) != getattr(Config, name):
+            flag, does = f"--{name.replace('_', '-')}", f"{instead} does" if instead else "leave it out"
+            raise ValueError(f"{flag} changes nothing for {config.checkpoint}, sampled by {kind}; {does}")
 
 
 def show(config, result, forget, kind, device):
     print(table(result))
     if config.out:
-        write_json(config.out, result | {"checkpoint": config.checkpoint, "sampler": kind, "forget": forget,
-                                         "command": command(), "machine": machine(device), "commit": commit(),
-                                         "config": asdict(config)})
+        with refusing("--out: "):
+            write_json(config.out, {"sampler": kind} | result | {
+                "checkpoint": config.checkpoint, "forget": forget, "command": command(), "machine": machine(device),
+                "commit": commit(), "config": asdict(config)})
 
 
-def main_of_concepts(config, unet, device):
+def main_of_concepts(config, unet, kind, device):
     """The command, for a network of the tiny text-to-image model."""
     with refusing():
-        kind = choose_kind(config, unet)
-        sd = load_stable_diffusion(unet.card.get("sd", "tiny-sd")).to(device)
+        folder = unet.card.get("sd", "tiny-sd")
+        sd = load_stable_diffusion(folder).to(device)
         concept = unet.card.get("forget", "none") if config.forget == "auto" else config.forget.replace(",", " ")
         if sd.unet.config != unet.config or sd.unet.image_shape != (4, 8, 8):
             raise ValueError(f"{config.checkpoint} is no network of the tiny model: its pictures cannot be read")
@@ -319,7 +351,8 @@ def main_of_concepts(config, unet, device):
             check_drawn(concept)
         if kind == "ancestral":
             raise ValueError("--sampler ancestral is for images; the tiny model's latents are sampled with ddim")
-        teacher = load_concept_statistics()
+        teacher = load_concept_statistics(Path(folder) / "statistics.safetensors" if folder != "tiny-sd" else
+                                          "tiny-sd/statistics")  # what this model draws, as pretrain.py left it there
     with torch.no_grad():
         nothing = sd.embed([""])
     one_step, guidance = sampler_of(unet, sd.schedule, kind)[0], config.guidance or 4.5
@@ -338,22 +371,15 @@ def main_of_concepts(config, unet, device):
 def main(config):
     device = choose_device(config.device)
     with refusing():
-        if not Path(config.out).parent.is_dir():
-            raise ValueError(f"--out {config.out}: there is no folder {Path(config.out).parent}; make it first")
-        if config.out and Path(config.out).is_dir():
-            raise ValueError(f"--out {config.out} is a folder; give the name of a file")
+        check_out(config.out)
         if config.per_class == 1:
             raise ValueError("--per-class 1: distances need two images of each class at least")
         unet = load_unet(config.checkpoint).to(device)
+        kind = choose_kind(config, unet)
+        check_flags(config, unet, kind)
     if unet.text_dim is not None:
-        return main_of_concepts(config, unet, device)
+        return main_of_concepts(config, unet, kind, device)
     unconditional, on_inception = unet.num_classes is None, config.features == "inception"
-    with refusing():
-        for flag, useless, instead in (("--per-class", config.per_class and unconditional, "--images"),
-                                       ("--images", config.images and not unconditional, "--per-class"),
-                                       ("--inception", config.inception and not on_inception, "--features inception")):
-            if useless:
-                raise ValueError(f"{flag} changes nothing for {config.checkpoint}; {instead} does")
     schedule, per_class = VPSchedule.linear().to(device), config.per_class or (5000 if on_inception else 1000)
     images = config.images or (50_000 if on_inception else 2000)
     classifier = config.classifier if config.classifier != "auto" else "none" if on_inception else "mnist-classifier"
@@ -365,7 +391,6 @@ def main(config):
         classes = unet.num_classes or 10
         forget = parse_classes(said if config.forget == "auto" else config.forget, classes)
         check_forget(forget, classes)
-        kind = choose_kind(config, unet)
         sample, nfe = sampler_of(unet, schedule, kind, config.steps, config.eta, config.guidance or 1.0)
         source = config.teacher or ("" if on_inception else unet.card.get("teacher", ""))
         if source is None:
@@ -389,8 +414,8 @@ def main(config):
                 raise ValueError("--data: precision and recall are of class-conditional images; leave it out")
             if not forget:
                 raise ValueError(f"{config.checkpoint} is unconditional; say with --forget which class should be gone")
-            if config.sampler not in ("auto", "ddim") or (config.steps, config.eta, config.guidance) != (50, 0.0, 0.0):
-                raise ValueError("PUL and u-FID are of 20 DDIM steps; leave out --sampler, --steps, --eta, --guidance")
+            if config.sampler not in ("auto", "ddim") or (config.steps, config.eta) != (Config.steps, Config.eta):
+                raise ValueError("PUL and u-FID are of 20 DDIM steps; leave out --sampler, --steps, --eta")
             teacher = teacher or load_unet("mnist-unconditional").to(device)
         real = None
         if config.data and not on_inception:

@@ -208,6 +208,14 @@ def write_atomically(path, write):
         Path(temporary).unlink(missing_ok=True)
 
 
+def check_out(path):
+    """ValueError unless a JSON file can be written to `path`, or it is "": before the work whose numbers it is for."""
+    if path and (Path(path).suffix != ".json" or Path(path).is_dir()):
+        raise ValueError(f"--out {path}: give the name of a .json file to write")
+    if not Path(path or ".").parent.is_dir():
+        raise ValueError(f"--out {path}: there is no folder {Path(path).parent}; make it first")
+
+
 def write_json(path, content):
     write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(content, indent=2) + "\n"))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run import choose_device, commit, machine, number, refusing, write_json  # noqa: E402
+from run import check_out, choose_device, commit, machine, number, refusing, write_json  # noqa: E402
 from samples import balanced_labels, generate, sampler_of  # noqa: E402
 from unet import VPSchedule, load_unet  # noqa: E402
 
@@ -33,6 +33,7 @@ def main():
     args = parser.parse_args()
     device = choose_device(args.device)
     with refusing():
+        check_out(args.out)
         generator, teacher = load_unet(args.generator).to(device), load_unet(args.teacher).to(device)
         if "t_init" not in generator.card or generator.config != teacher.config:
             raise ValueError(f"{args.generator} is no one-step generator of {args.teacher}'s configuration")

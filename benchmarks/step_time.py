@@ -30,13 +30,13 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from ddpm_sfd import draw_labels, fake_score_loss, generator_loss, one_step, total  # noqa: E402
 from pretrain import MNIST  # noqa: E402
-from run import Run, choose_amp, choose_device, commit, machine, number, write_json  # noqa: E402
+from run import Run, check_out, choose_amp, choose_device, commit, machine, number, refusing, write_json  # noqa: E402
 from unet import UNet, VPSchedule  # noqa: E402
 
 NETWORKS = {"mnist": (MNIST | dict(num_classes=10), (32, 8), (32, 8)), "cifar10": (dict(num_classes=10), (4, 4), (128, 128))}
 PEAK_TFLOPS = {  # part of the GPU's name -> dense bf16 (T4, V100: fp16) by its data sheet; the first that fits
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121, "A10": 125,
-    "RTX 4090": 165, "RTX 3090": 71, "A6000": 155, "V100": 125, "T4": 65,
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121,
+    "A10G": 70, "A10": 125, "RTX 4090": 165, "RTX 3090": 71, "A6000": 155, "V100": 125, "T4": 65,
 }
 
 
@@ -144,6 +144,8 @@ def main():
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--memory-of", choices=["ours", "plain"], help=argparse.SUPPRESS)  # for `peak_memory`
     args = parser.parse_args()
+    with refusing():
+        check_out(args.out)
     device = choose_device(args.device)
     dtype, cuda = choose_amp("auto", device), device.type == "cuda"
     config, on_cpu, on_gpu = NETWORKS[args.network]

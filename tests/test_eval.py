@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import types
 
 import numpy as np
@@ -408,17 +409,29 @@ def test_parse_classes_refuses(text):
 
 
 @pytest.mark.parametrize("words, says", [
-    ("mnist-distilled --guidance 2", "sampled by one-step, which knows nothing of --eta and --guidance"),
-    ("mnist-distilled --eta 1", "sampled by one-step"),
-    ("mnist --sampler ancestral --eta 1", "sampled by ancestral, which knows nothing of --eta"),
+    ("mnist-distilled --guidance 2", "--guidance changes nothing for mnist-distilled, sampled by one-step"),
+    ("mnist-distilled --eta 1", "--eta changes nothing"),
+    ("mnist-distilled --steps 5", "--steps changes nothing"),
+    ("mnist --sampler ancestral --eta 1", "--eta changes nothing for mnist, sampled by ancestral"),
+    ("mnist --sampler ancestral --steps 100", "--steps changes nothing"),
+    ("mnist-unconditional --forget 1 --guidance 3", "--guidance changes nothing"),
+    ("mnist --per-pair 7", "--per-pair changes nothing for mnist, sampled by ddim; --per-class does"),
+    ("mnist --features inception --statistics x", "--statistics changes nothing"),
+    ("{tiny} --per-class 100", "sampled by ddim; --per-pair does"),
+    ("{tiny} --features inception", "--features changes nothing"),
+    ("{tiny} --teacher mnist", "--teacher changes nothing"),
+    ("mnist --out mnist.safetensors", "give the name of a .json file"),
     ("mnist --per-class 1", "two images of each class"),
-    ("mnist --out tests", "--out tests is a folder"),
-    ("mnist --images 500", "--images changes nothing for mnist; --per-class does"),
+    ("mnist --out tests", "--out tests: give the name of a .json file"),
+    ("mnist --images 500", "--images changes nothing for mnist, sampled by ddim; --per-class does"),
     ("mnist-unconditional --forget 1 --per-class 7", "--per-class changes nothing"),
-    ("mnist --inception x.pt", "--inception changes nothing for mnist; --features inception does"),
+    ("mnist --inception x.pt", "--inception changes nothing for mnist, sampled by ddim; --features inception does"),
 ])
-def test_flags_that_would_change_nothing_or_lose_everything_are_refused_before_the_work(words, says, monkeypatch, capsys):
+def test_flags_that_would_change_nothing_or_lose_everything_are_refused_before_the_work(words, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
+    words = words.format(tiny=tmp_path / "tiny.safetensors")
+    if "tiny" in words:
+        save_unet(load_stable_diffusion("tiny-sd").unet, tmp_path / "tiny.safetensors", sd="tiny-sd")
     with pytest.raises(SystemExit) as exit:
         evaluation.main(evaluation.parse(evaluation.Config, "", None, words.split()))
     assert exit.value.code == 2 and says in capsys.readouterr().err
@@ -471,6 +484,11 @@ def test_concept_metrics_are_what_was_painted():
     expected = ((drawn.mean(0) - np.mean(kept, 0)) ** 2).sum() + np.trace(cov + real - 2 * linalg.sqrtm(cov @ real).real)
     assert r["fid"] == pytest.approx(expected, rel=1e-6)
     assert evaluation.evaluate_concept(sample, sd, ReadsPictures(), "", 4, 0, teacher).keys().isdisjoint({"ua", "became"})
+    hyphen = evaluation.evaluate_concept(sample, sd, ReadsPictures(), "red-three", 4, 0, teacher)  # as folders spell it
+    assert all(hyphen[name] == r[name] for name in ("ua", "near", "far", "retained_accuracy"))
+    few = tuple(x[:60] for x in teacher)
+    shown = evaluation.table(evaluation.evaluate_concept(sample, sd, ReadsPictures(), "red three", 4, 0, few))
+    assert "of 60 pictures)" in shown and "pictures)" not in evaluation.table(r)
 
 
 def test_the_command_reads_a_generator_of_the_tiny_model(tmp_path, capsys):
@@ -487,6 +505,23 @@ def test_the_command_reads_a_generator_of_the_tiny_model(tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluation.main(dataclasses.replace(config, out=str(tmp_path / "nowhere" / "a.json")))
     assert "there is no folder" in capsys.readouterr().err
+
+
+def test_the_teachers_numbers_are_those_of_its_own_folder(tmp_path, capsys):
+    folder = shutil.copytree(ROOT / "weights" / "tiny-sd", tmp_path / "mine")
+    (folder / "statistics.safetensors").unlink()
+    save_unet(load_stable_diffusion(folder).unet, tmp_path / "unet.safetensors", sd=str(folder), t_init=625)
+    with pytest.raises(SystemExit) as exit:
+        evaluation.main(evaluation.Config(str(tmp_path / "unet.safetensors"), per_pair=1, device="cpu"))
+    assert exit.value.code == 2 and "mine/statistics.safetensors" in capsys.readouterr().err
+
+
+def test_the_file_says_how_images_were_drawn(tmp_path, monkeypatch):
+    """PUL and u-FID have steps of their own, whatever --sampler and --steps would be."""
+    monkeypatch.setattr(evaluation, "table", str)
+    config, report = evaluation.Config(out=str(tmp_path / "a.json")), {"sampler": "DDIM, 20 steps, no class asked for"}
+    evaluation.show(config, report, [1], "ddim", torch.device("cpu"))
+    assert json.loads((tmp_path / "a.json").read_text())["sampler"] == "DDIM, 20 steps, no class asked for"
 
 
 def test_the_command_samples_the_tiny_model_with_guidance_in_its_latents(tmp_path, monkeypatch):
