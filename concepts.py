@@ -65,8 +65,13 @@ def every_prompt():
 # ---------------------------------------------------------------------------- words
 
 
+def composed(text):
+    """An accented letter as one character, as CLIP reads it: files of a Mac often have it as two."""
+    return unicodedata.normalize("NFC", text)
+
+
 def words(text):
-    return re.findall(r"[^\W_]+", unicodedata.normalize("NFC", text).lower())
+    return re.findall(r"[^\W_]+", composed(text).lower())
 
 
 def contains(prompt, concept):
@@ -79,6 +84,7 @@ def replace(prompt, concept, override):
 
     ValueError when the prompt does not contain it, or when it is scattered and the override has more or fewer words.
     """
+    prompt = composed(prompt)
     whole = re.compile(r"(?<!\w)" + r"\W+".join(words(concept)) + r"(?!\w)", re.IGNORECASE)
     if whole.search(prompt):
         return whole.sub(lambda _: override, prompt)
@@ -93,6 +99,7 @@ def without(prompt, concept):
     there. "a red three" without "three" is "a red"."""
     if not contains(prompt, concept):
         return prompt
+    prompt = composed(prompt)
     whole = re.compile(r"(?<!\w)" + r"\W+".join(words(concept)) + r"(?!\w)", re.IGNORECASE)
     left = whole.sub("", prompt) if whole.search(prompt) else re.sub(
         r"[^\W_]+", lambda word: "" if word[0].lower() in words(concept) else word[0], prompt)
@@ -102,7 +109,7 @@ def without(prompt, concept):
 def read_prompts(path):
     """The prompts of a file: one a line; empty lines and those that begin with # do not count. ValueError if none."""
     try:
-        text = unicodedata.normalize("NFC", Path(path).read_text(encoding="utf-8-sig"))  # as CLIP does: one e-acute
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is no text in UTF-8; save it as such") from None
     prompts = [line.strip() for line in text.splitlines()]
@@ -170,10 +177,10 @@ def shown(digit, colour, concept):
     return contains(fill(TEMPLATES[0], digit, colour), concept)
 
 
-def check_drawn(concept):
+def check_drawn(concept, flag="--forget"):
     """ValueError unless the concept is one that the tiny model's pictures can show."""
     if not words(concept) or not any(shown(*pair, concept) for pair in PAIRS):
-        raise ValueError(f"--forget {concept!r}: the tiny model draws a digit (three) in a colour (red); name these")
+        raise ValueError(f"{flag} {concept!r}: the tiny model draws a digit (three) in a colour (red); name these")
 
 
 def next_of_its_kind(concept):

@@ -216,10 +216,16 @@ def read_concept(config):
         raise ValueError(f"--forget {concept!r} stands in every prompt; leave some to retain")
     if config.mode == "negative":
         return retained, forget, [without(p, concept) for p in forget], concept
+    if config.override == "next" and not tiny:
+        raise ValueError(f"--override: name what is safe in place of {concept!r}; the tiny model alone knows of a next")
     override = next_of_its_kind(concept) if config.override == "next" else config.override
     safe = [replace(p, concept, override) for p in forget]
     if any(contains(p, concept) for p in safe):
         raise ValueError(f"--override {override!r} contains what is to be forgotten, {concept!r}")
+    if tiny:
+        check_drawn(override, "--override")
+        if not config.forget_prompts and not set(safe) <= set(every_prompt()):
+            raise ValueError(f"--override {override!r} is of another kind than {concept!r}: {safe[0]!r}")
     return retained, forget, safe, ""
 
 
@@ -330,6 +336,8 @@ def main(config):
         if config.t_min >= config.t_max:
             raise ValueError(f"--t-min {config.t_min} must be below --t-max {config.t_max}")
         sd = load_stable_diffusion(config.sd)
+        if config.preset == "tiny" and max(sd.unet.image_shape) > 8:
+            raise ValueError(f"--sd {config.sd} goes with --preset sd15, whose settings are meant for its size")
         check_length(sd.tokenizer, forget, safe)
         generator, fake_score = read_pair(config, sd.unet)
         if config.weights == "bf16" and choose_amp(config.amp, choose_device(config.device)) != torch.bfloat16:

@@ -88,8 +88,8 @@ class Config:
     prompt: str = option("", "--sd: what pictures of a folder are called; the forgotten phrase if not given", nargs="+",
                         joint=" ")
     data: str = option("auto", "the undesired images: a folder with MNIST, CIFAR-10, tiny ImageNet or pictures; "
-                               "teacher: drawn from the class-conditional one, or by --sd itself from its prompts; "
-                               "auto: data/, a download, else teacher; with --sd as teacher")
+                               "teacher: drawn from the class-conditional one, or by --sd tiny-sd itself; "
+                               "auto: data/, a download, else teacher; with --sd tiny-sd as teacher")
     images: int = option(100, "how many undesired images are at hand; 0: all that --data has, or 100 drawn", low=0)
     teacher: str = option("mnist-unconditional", "a shipped name, a file, a URL or hub:ORG/NAME; see convert.py")
     posterior: str = option("auto", "the variance of the teacher's weights: a shipped name, a file, or the files of K "
@@ -100,7 +100,8 @@ class Config:
     batch_size: int = option(64, "undesired images a step, over all processes; our choice", low=1)
     optimizer: str = option("natural", "natural: the natural gradient of q, sigma*^2 times the plain one; or adam; our "
                             "choice", choices=["natural", "adam"])
-    lr: float = option(1.0, "natural: length of a step in sigmas, over all weights; adam: its rate; our choice", low=0)
+    lr: float = option(1.0, "natural: length of a step in sigmas, over all weights; adam: its rate, such as 1e-5; our "
+                       "choice", low=0)
     gamma: float = option(0.7, "gamma of (V5); our choice", low=0, high=1)
     plasticity: str = option("full", "full: (V3) as it is, at theta; tangent: (V6), by its tangent at mu*; our choice",
                              choices=["full", "tangent"])
@@ -258,7 +259,9 @@ def read_picture(path, shape):
     """An image file as (C, H, W), 0..255: the shorter side resized to the network's size, the middle kept."""
     mode = ImageReadMode.GRAY if shape[0] == 1 else ImageReadMode.RGB
     try:
-        return center_crop(resize(read_image(str(path), mode), shape[1], antialias=True), shape[1])
+        x = read_image(str(path), mode, apply_exif_orientation=True)  # upright, however the camera was held
+        x = (x.int() >> 8).to(torch.uint8) if x.dtype == torch.uint16 else x  # as a scanner may have it
+        return center_crop(resize(x, shape[1], antialias=True), shape[1])
     except RuntimeError as error:
         raise ValueError(f"{path} is no readable picture ({str(error).splitlines()[0]})") from None
 
@@ -322,8 +325,8 @@ def undesired_pictures(config, sd, concept):
         pictures, origin = undesired_images(config.data, None, (3, side, side), config.images, config.seed)
         return pictures, [config.prompt or concept] * len(pictures), origin
     prompts, n = [prompt for prompt in every_prompt() if contains(prompt, concept)], config.images or 100
-    if config.sd != "tiny-sd" or not prompts:
-        raise ValueError(f"--forget {concept!r} is in no prompt of the tiny model; --data names a folder of pictures")
+    if config.sd != "tiny-sd":
+        raise ValueError("--data: name a folder of pictures to forget; the tiny model alone draws its own")
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed)).tolist()
     names = [prompts[order[i % len(prompts)]] for i in range(n)]
     with torch.no_grad():
@@ -358,6 +361,20 @@ def read_posterior(words, unet):
 # ---------------------------------------------------------------------------- main
 
 
+def check_flags(config):
+    """ValueError for values that do not go together, and for a flag that was given and would change nothing."""
+    if config.t_min >= config.t_max:
+        raise ValueError(f"--t-min {config.t_min} must be below --t-max {config.t_max}")
+    if config.optimizer == "adam" and config.lr > 0.1:
+        raise ValueError(f"--lr {config.lr} is a length in sigmas; Adam wants a rate, such as --lr 1e-5")
+    if config.sd and config.classifier not in (Config.classifier, "none"):
+        raise ValueError(f"--classifier {config.classifier}: with --sd it is {Config.classifier} or none")
+    for name in ("teacher", "eval_images") if config.sd else ("prompt",):
+        if getattr(config, name) != getattr(Config, name):
+            how = "with" if config.sd else "without"
+            raise ValueError(f"--{name.replace('_', '-')} changes nothing {how} --sd; leave it out")
+
+
 def main_of_sd(config):
     """Feature unlearning in a text-to-image model: the same method on its latents, each under its text."""
     concept = config.forget.replace(",", " ").strip()
@@ -370,6 +387,8 @@ def main_of_sd(config):
             check_drawn(concept)
         sd = load_stable_diffusion(config.sd)
         sd.unet.path = Path(config.sd)
+        if config.posterior == "auto" and config.sd != "tiny-sd":
+            raise ValueError("--posterior: name the variance of this model's weights; the one that ships is tiny-sd's")
         variance = read_posterior("tiny-sd/posterior" if config.posterior == "auto" else config.posterior, sd.unet)
         pictures, names, origin = undesired_pictures(config, sd, concept)
     run = Run(config, f"runs/vdu-sd-forget-{concept.replace(' ', '-')}")
@@ -406,8 +425,7 @@ def main_of_sd(config):
 
 def main(config):
     with refusing():
-        if config.t_min >= config.t_max:
-            raise ValueError(f"--t-min {config.t_min} must be below --t-max {config.t_max}")
+        check_flags(config)
     if config.sd:
         return main_of_sd(config)
     with refusing():

@@ -3,12 +3,13 @@
 import copy
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, inside, python, random_unet
 from conftest import SMALL_TEXT as SMALL
-from conftest import inside, python, random_unet
 
 import ddpm_sfd
 import sd_sfd
@@ -135,7 +136,11 @@ def test_an_accent_is_the_same_however_it_is_written(tmp_path):
     for spelling in ("Beyonc\u00e9", "Beyonce\u0301"):
         retained, forget, safe, _ = read_concept(Config(
             forget=spelling, override="a singer", sd="folder", retain_prompts=str(tmp_path / "keep.txt")))
-        assert (retained, forget, safe) == (["a tree"], ["a photo of Beyonc\u00e9"], ["a photo of a singer"])
+        assert (retained, len(forget), safe) == (["a tree"], 1, ["a photo of a singer"])
+        (tmp_path / "forget.txt").write_text("a song of {}\n")
+        words = dict(forget=spelling, sd="folder", retain_prompts=str(tmp_path / "keep.txt"), forget_prompts=str(tmp_path / "forget.txt"))
+        assert read_concept(Config(**words, override="Adele"))[2] == ["a song of Adele"]
+        assert read_concept(Config(**words, mode="negative"))[2] == ["a song of"]
 
 
 def test_a_concept_behind_the_last_token_that_is_read_is_refused(tmp_path, capsys):
@@ -143,6 +148,16 @@ def test_a_concept_behind_the_last_token_that_is_read_is_refused(tmp_path, capsy
     with pytest.raises(SystemExit) as leaving:
         sd_sfd.main(Config(forget="three", forget_prompts=str(tmp_path / "long.txt"), out=str(tmp_path / "run")))
     assert leaving.value.code == 2 and "only the first 14 tokens" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_tiny_models_settings_are_not_for_a_model_of_real_size(monkeypatch, sd_folder, tmp_path, capsys):
+    unet = types.SimpleNamespace(image_shape=(4, 64, 64))
+    monkeypatch.setattr(sd_sfd, "load_stable_diffusion", lambda folder: types.SimpleNamespace(unet=unet))
+    with pytest.raises(SystemExit) as leaving:
+        sd_sfd.main(Config(sd="sd15", retain_prompts=str(sd_folder.parent / "prompts.txt"), override="eight",
+                           out=str(tmp_path / "run")))
+    assert leaving.value.code == 2 and "--sd sd15 goes with --preset sd15" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -171,10 +186,13 @@ def test_prompts_from_files(tmp_path):
     ("--sd folder --forget eleven --retain-prompts {prompts}", "stands in none of the prompts"),
     ("--forget three --override three", "contains what is to be forgotten"),
     ("--forget red three --override eight", "as many words"),
+    ("--forget three --override eigth", "--override 'eigth': the tiny model draws"),
+    ("--forget three --override blue", "of another kind than 'three'"),
+    ("--sd folder --forget three --retain-prompts {prompts}", "name what is safe in place of 'three'"),
     ("--forget three --override eight --mode negative", "--mode negative has none"),
     ("--forget none --override eight", "--forget none has none"),
     ("--sd nowhere", "--retain-prompts"),
-    ("--sd nowhere --retain-prompts {prompts}", "no folder 'nowhere'"),
+    ("--sd nowhere --retain-prompts {prompts} --override eight", "no folder 'nowhere'"),
     ("--forget-prompts missing.txt", "missing.txt"),
     ("--t-min 500 --t-max 400", "--t-min 500 must be below"),
     ("--k-train -1", "at least 0"),
@@ -253,7 +271,9 @@ def test_without_an_average_the_result_is_theta_itself(tmp_path, unet):
 def test_checkpointing_and_parts_of_a_batch_change_cost_not_the_method(tmp_path, unet):
     """With checkpointing the same numbers; in two parts, other draws, but as many pictures a step."""
     (plain, _), run = go(tmp_path / "a", unet)
-    (again, _), _ = go(tmp_path / "b", unet, gradient_checkpointing=True)
+    (again, _), checkpointed = go(tmp_path / "b", unet, gradient_checkpointing=True)
+    assert all(checkpointed.state[name].gradient_checkpointing for name in ("generator", "fake_score"))
+    assert not run.state["generator"].gradient_checkpointing
     for k, v in plain.state_dict().items():
         torch.testing.assert_close(again.state_dict()[k], v, rtol=1e-3, atol=1e-5)
     seen = []
@@ -342,11 +362,45 @@ def test_resuming_ends_in_the_same_bits(sd_folder, tmp_path, monkeypatch):
     assert all(torch.equal(again[k], v) for k, v in whole.items())
 
 
+IN_PARALLEL = """
+import os
+import sys
+import torch
+sys.path.insert(0, {root!r})
+import sd_sfd
+
+drawn, one_step, train = [], sd_sfd.one_step, sd_sfd.train
+
+
+def spy(generator, z, *rest):
+    drawn.append(z.detach())
+    return one_step(generator, z, *rest)
+
+
+def keep(config, run, *rest):
+    networks = train(config, run, *rest)
+    weights = [run.state[name].state_dict() for name in ("fake_score", "generator")]
+    torch.save((weights, drawn[0]), f"rank{{run.rank}}.pt")
+    return networks
+
+
+sd_sfd.one_step, sd_sfd.train = spy, keep
+sd_sfd.main(sd_sfd.parse(sd_sfd.Config, "", sd_sfd.PRESETS))
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_train_one_network(sd_folder, tmp_path):
-    done = python(words_for(sd_folder, "ddp"), tmp_path, processes=2)
+    """From draws of their own both processes come to the same bits, since they share their gradients."""
+    (tmp_path / "script.py").write_text(IN_PARALLEL.format(root=str(ROOT)))
+    words = words_for(sd_folder, "ddp").replace("sd_sfd.py", str(tmp_path / "script.py"))
+    done = python(words, tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "ddp" / "metrics.json").read_text())["processes"] == 2
+    (first, z), (second, other) = (torch.load(tmp_path / f"rank{i}.pt", weights_only=True) for i in (0, 1))
+    assert not torch.equal(z, other) and len(first) == 2
+    for a, b in zip(first, second):  # the fake score's weights, and the generator's
+        assert a and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_weights_in_half_precision_and_the_negative_prompt(sd_folder, tmp_path):

@@ -451,6 +451,18 @@ def test_tiny_imagenet_opens_no_picture_of_another_class(tmp_path):
         undesired_images(tmp_path, [2], (3, 32, 32))
 
 
+def test_a_photograph_is_upright_and_a_scan_of_16_bits_is_as_bright(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    picture = np.tile(np.arange(16, dtype=np.uint8) * 16, (16, 1))  # dark to the left, bright to the right
+    image.fromarray(picture.astype(np.uint16) * 257).save(tmp_path / "scan.png")
+    turned, exif = image.fromarray(np.rot90(picture).copy()), image.Exif()
+    exif[0x0112] = 6  # the camera was held so that a viewer has to turn it by a quarter, clockwise
+    turned.save(tmp_path / "photo.jpg", exif=exif, quality=100)
+    for name, wrong in (("scan.png", 0), ("photo.jpg", 3)):
+        read = vdu.read_picture(tmp_path / name, (1, 16, 16))[0]
+        assert (read.int() - torch.from_numpy(picture).int()).abs().max() <= wrong, name
+
+
 def test_a_folder_of_pictures_is_cut_to_the_size_of_the_network(tmp_path):
     picture = torch.zeros(3, 40, 80, dtype=torch.uint8)
     picture[:, :, 20:60] = 200  # the middle square
@@ -605,6 +617,8 @@ def test_the_main_job_leaves_what_it_promises(tmp_path):
     ("--posterior mnist", "holds no minUnlearn posterior"),
     ("--t-min 500 --t-max 400", "must be below"),
     ("--gamma 1.5", "at most 1"),
+    ("--optimizer adam", "Adam wants a rate"),
+    ("--prompt a red three", "--prompt changes nothing without --sd"),
     ("--images -1", "at least 0"),
 ])
 def test_bad_input_is_one_line_and_status_2(flags, says, tmp_path, monkeypatch, capsys):
@@ -653,6 +667,11 @@ def test_a_feature_is_forgotten_from_a_folder_of_pictures(sd_folder, tmp_path):
     ("--preset tiny-sd --forget none", "there is nothing to do"),
     ("--preset tiny-sd --data data", "--data data holds no pictures"),
     ("--sd {sd} --forget red", "give that too"),
+    ("--preset tiny-sd --sd {sd} --forget red", "--posterior: name the variance"),
+    ("--preset tiny-sd --sd {sd} --forget red --posterior tiny-sd/posterior", "is of another network"),
+    ("--preset tiny-sd --teacher mine.safetensors", "--teacher changes nothing with --sd"),
+    ("--preset tiny-sd --eval-images 100", "--eval-images changes nothing"),
+    ("--preset tiny-sd --classifier mine", "with --sd it is mnist-classifier or none"),
 ])
 def test_features_bad_input_gets_one_line(sd_folder, tmp_path, monkeypatch, words, message):
     monkeypatch.setattr(vdu, "cifar10", lambda *_, **__: pytest.fail("a word is no class of a data set"))
