@@ -50,8 +50,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torchvision.io import ImageReadMode, read_image
-from torchvision.transforms.functional import center_crop, resize
 
 from concepts import (
     ConceptJudge,
@@ -62,7 +60,7 @@ from concepts import (
     load_concept_statistics,
     prompt_grid,
 )
-from data import cifar10, mnist
+from data import some_images
 from eval import check_forget, evaluate_unconditional, parse_classes, table
 from features import Judge
 from run import Run, checksum, option, parse, refusing
@@ -252,19 +250,6 @@ def train(config, run, unet, variance, images, schedule, texts=None):
 
 # ---------------------------------------------------------------------------- what the method is given
 
-PICTURES = {".png", ".jpg", ".jpeg"}
-
-
-def read_picture(path, shape):
-    """An image file as (C, H, W), 0..255: the shorter side resized to the network's size, the middle kept."""
-    mode = ImageReadMode.GRAY if shape[0] == 1 else ImageReadMode.RGB
-    try:
-        x = read_image(str(path), mode, apply_exif_orientation=True)  # upright, however the camera was held
-        x = (x.int() >> 8).to(torch.uint8) if x.dtype == torch.uint16 else x  # as a scanner may have it
-        return center_crop(resize(x, shape[1], antialias=True), shape[1])
-    except RuntimeError as error:
-        raise ValueError(f"{path} is no readable picture ({str(error).splitlines()[0]})") from None
-
 
 def undesired_images(source, forget, shape, n=0, seed=0):
     """D_f: `n` images (0: all) of the classes `forget`, (N, C, H, W) in [-1, 1], and in words where they come from.
@@ -288,45 +273,22 @@ def undesired_images(source, forget, shape, n=0, seed=0):
                              torch.tensor(forget).repeat(n)[:n], teacher.image_shape, seed, "cpu", bar="drawing")
         return images, f"{n} images of class {forget} drawn from the class-conditional teacher"
 
-    def some(count):  # which of `count` images are at hand
-        if count == 0:
-            raise ValueError(f"--data {source} holds no image of class {forget}")
-        return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: n or count].tolist()
-
-    folder = Path(source)
-    if source != "data" and not folder.is_dir():
-        raise OSError(f"--data {source} is no folder")
-    pictures = sorted(p for p in folder.glob("[!.]*") if p.suffix.lower() in PICTURES)
-    if forget and (folder / "wnids.txt").is_file():  # tiny ImageNet: class k is the k-th line of wnids.txt
-        names = (folder / "wnids.txt").read_text().split()
-        if max(forget) >= len(names):
-            raise ValueError(f"--forget {max(forget)}: {source} has the classes 0..{len(names) - 1}")
-        pictures = sorted(p for k in forget for p in (folder / "train" / names[k] / "images").glob("[!.]*"))
-    if pictures:
-        images = torch.stack([read_picture(pictures[i], shape) for i in some(len(pictures))]) / 127.5 - 1
-    else:
-        known = {(1, 28, 28): ("MNIST", mnist), (3, 32, 32): ("cifar-10-batches-py", cifar10)} if forget else {}
-        if shape not in known or source != "data" and not (folder / known[shape][0]).is_dir():
-            raise ValueError(f"--data {source} holds no pictures ({' '.join(sorted(PICTURES))})"
-                             + (f" or data set of {shape}" if forget else ""))
-        images, labels = known[shape][1](folder, train=True)
-        images = images[torch.isin(labels, torch.tensor(forget))]
-        images = images[some(len(images))]
+    images = some_images(source, forget, shape, n, seed)
     return images, f"{len(images)} images from {source}"
 
 
 def undesired_pictures(config, sd, concept):
     """D_f of a text-to-image model: pictures (N, 3, H, W) in [-1, 1], what each is called, and where they come from.
 
-    From a folder, all called `--prompt`; or drawn by the model itself, from its prompts with the concept. ValueError
-    when there are no such prompts or pictures."""
+    From a folder, all called `--prompt`; or drawn by the tiny model itself, from its prompts with the concept.
+    ValueError when there are no such pictures."""
     side = sd.unet.config["image_size"] * 2 ** (len(sd.vae.config["block_out_channels"]) - 1)
     if config.data not in ("auto", "teacher"):
         pictures, origin = undesired_images(config.data, None, (3, side, side), config.images, config.seed)
         return pictures, [config.prompt or concept] * len(pictures), origin
-    prompts, n = [prompt for prompt in every_prompt() if contains(prompt, concept)], config.images or 100
     if config.sd != "tiny-sd":
         raise ValueError("--data: name a folder of pictures to forget; the tiny model alone draws its own")
+    prompts, n = [prompt for prompt in every_prompt() if contains(prompt, concept)], config.images or 100
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed)).tolist()
     names = [prompts[order[i % len(prompts)]] for i in range(n)]
     with torch.no_grad():

@@ -16,6 +16,7 @@ from torchvision.io import write_png
 import convert
 import vdu
 from concepts import ConceptJudge
+from data import read_picture
 from features import load_classifier, look
 from run import Run, checksum, parse
 from samples import unconditional_sampler
@@ -459,7 +460,7 @@ def test_a_photograph_is_upright_and_a_scan_of_16_bits_is_as_bright(tmp_path):
     exif[0x0112] = 6  # the camera was held so that a viewer has to turn it by a quarter, clockwise
     turned.save(tmp_path / "photo.jpg", exif=exif, quality=100)
     for name, wrong in (("scan.png", 0), ("photo.jpg", 3)):
-        read = vdu.read_picture(tmp_path / name, (1, 16, 16))[0]
+        read = read_picture(tmp_path / name, (1, 16, 16))[0]
         assert (read.int() - torch.from_numpy(picture).int()).abs().max() <= wrong, name
 
 
@@ -474,8 +475,8 @@ def test_a_folder_of_pictures_is_cut_to_the_size_of_the_network(tmp_path):
 
 def test_the_shape_says_which_data_set_is_looked_for(tmp_path, monkeypatch):
     labels, asked = torch.arange(10), []
-    monkeypatch.setattr("vdu.cifar10", lambda folder, train: (asked.append(str(folder)), (torch.ones(10, 3, 32, 32), labels))[1])
-    monkeypatch.setattr("vdu.mnist", lambda *_, **__: pytest.fail("MNIST is not of this shape"))
+    monkeypatch.setattr("data.cifar10", lambda folder, train: (asked.append(str(folder)), (torch.ones(10, 3, 32, 32), labels))[1])
+    monkeypatch.setattr("data.mnist", lambda *_, **__: pytest.fail("MNIST is not of this shape"))
     assert len(undesired_images("data", [3, 4], (3, 32, 32))[0]) == 2 and asked == ["data"]  # there, or downloaded there
     with pytest.raises(ValueError, match="data set of .3, 64, 64"):
         undesired_images("data", [3], (3, 64, 64))
@@ -674,7 +675,7 @@ def test_a_feature_is_forgotten_from_a_folder_of_pictures(sd_folder, tmp_path):
     ("--preset tiny-sd --classifier mine", "with --sd it is mnist-classifier or none"),
 ])
 def test_features_bad_input_gets_one_line(sd_folder, tmp_path, monkeypatch, words, message):
-    monkeypatch.setattr(vdu, "cifar10", lambda *_, **__: pytest.fail("a word is no class of a data set"))
+    monkeypatch.setattr("data.cifar10", lambda *_, **__: pytest.fail("a word is no class of a data set"))
     done = inside("vdu.py " + words.format(sd=sd_folder), tmp_path)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
