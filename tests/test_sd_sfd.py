@@ -363,7 +363,6 @@ def test_resuming_ends_in_the_same_bits(sd_folder, tmp_path, monkeypatch):
 
 
 IN_PARALLEL = """
-import os
 import sys
 import torch
 sys.path.insert(0, {root!r})
