@@ -43,14 +43,14 @@ PEAK_TFLOPS = {  # part of the GPU's name -> dense bf16 (T4, V100: fp16) by its 
 class Loop:
     """Three copies of one random network, their optimizers, and one step in either style."""
 
-    prepare, autocast = Run.prepare, Run.autocast  # as ddpm_sfd.py does it; for `plain`, dtype is None
+    autocast = Run.autocast  # as ddpm_sfd.py does it; for `plain`, dtype is None
 
-    def __init__(self, config, sizes, device, dtype=None, compile=False):
+    def __init__(self, config, sizes, device, dtype=None, compile=False, prepare=Run.prepare):
         torch.manual_seed(0)
         self.config, self.device, self.dtype, self.sizes = argparse.Namespace(compile=compile), device, dtype, sizes
-        self.teacher = self.prepare(UNet(**config).to(device).eval().requires_grad_(False))
+        self.teacher = prepare(self, UNet(**config).to(device).eval().requires_grad_(False))
         torch.nn.init.normal_(self.teacher.conv_out.weight, std=0.02)
-        self.psi, self.theta = (self.prepare(copy.deepcopy(self.teacher).requires_grad_(True)) for _ in range(2))
+        self.psi, self.theta = (prepare(self, copy.deepcopy(self.teacher).requires_grad_(True)) for _ in range(2))
         settings = dict(lr=1e-5, betas=(0.0, 0.999), fused=True if device.type == "cuda" and dtype is not None else None)
         self.optimizers = [torch.optim.Adam(n.parameters(), **settings) for n in (self.psi, self.theta)]
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -152,7 +152,9 @@ def main():
     sizes = args.batch_size or (on_gpu if cuda else on_cpu)
 
     def make(name):
-        return Loop(config, sizes, device, *((dtype, args.compile) if name == "ours" else ()))
+        if name == "plain":
+            return Loop(config, sizes, device, prepare=lambda loop, network: network)
+        return Loop(config, sizes, device, dtype, args.compile)
 
     if args.memory_of:
         return print(measured_memory(make(args.memory_of), args.memory_of, cuda))

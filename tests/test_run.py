@@ -445,9 +445,9 @@ def test_precision_is_detected_not_assumed(monkeypatch):
     assert housekeeping.choose_amp("off", cpu) is None and housekeeping.choose_amp("bf16", cpu) is torch.bfloat16
 
 
-@pytest.mark.parametrize("groups, dtype, expected", [(1, torch.bfloat16, True), (2, torch.bfloat16, False), (1, None, False)])
+@pytest.mark.parametrize("groups, dtype, expected", [(1, torch.bfloat16, True), (2, torch.bfloat16, False), (1, None, True)])
 def test_on_a_cpu_channels_are_last_where_all_groups_are_wide(tmp_path, groups, dtype, expected):
-    """In mixed precision, with no GroupNorm of fewer than 16 channels a group."""
+    """In either precision, with no GroupNorm of fewer than 16 channels a group."""
     run, unet = Run(Config(out=str(tmp_path / "run")), ""), random_unet(channels=16, groups=groups)
     run.dtype = dtype
     assert run.prepare(unet).middle[0].conv1.weight.is_contiguous(memory_format=torch.channels_last) is expected
