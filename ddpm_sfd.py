@@ -69,7 +69,7 @@ PRESETS = {
     "mnist": {},  # the defaults below: two stages, the first of which is done; weights/mnist-distilled is what it left
     "mnist-one-stage": ONE_STAGE | dict(  # there is more to learn, hence larger rates; our choice, as the defaults are
         lr_generator=5e-4, lr_fake_score=2e-3, lambda_generator=0.25, lambda_fake_score=0.25, lambda_end=1.0, alpha=1.2,
-        guidance=1.2, guidance_safe=1.7),
+        guidance=1.2),
     "cifar10": OFFICIAL | dict(teacher="cifar10.safetensors"),
     "stl10": OFFICIAL | dict(teacher="stl10.safetensors", batch_size=64, forget_batch_size=64,
                              lr_fake_score=3e-5),
@@ -95,9 +95,9 @@ class Config:
                                   "distillation", low=0)
     lr_end: float = option(0.05, "share of both rates that is left at the end of a linear decay; official: 1, constant",
                            low=0, high=1)
-    alpha: float = option(1.1, "alpha of (S3); official: 1.2")
-    guidance: float = option(1.05, "k of (L1), the teacher's guidance; our choice; official: 1, none", low=0)
-    guidance_safe: float = option(2.0, "the same where the teacher is asked for the safe class; official: 1", low=0)
+    alpha: float = option(1.0, "alpha of (S3); official: 1.2")
+    guidance: float = option(1.1, "k of (L1), the teacher's guidance; our choice; official: 1, none", low=0)
+    guidance_safe: float = option(1.7, "the same where the teacher is asked for the safe class; official: 1", low=0)
     lambda_generator: float = option(0.5, "lambda of (S5) for theta; with 0.25 each of the 32 + 8 images counts alike; "
                                      "official: 0.01", low=0)
     lambda_fake_score: float = option(0.5, "lambda of (S5) for psi; official: 0.01", low=0)
