@@ -11,8 +11,8 @@ Models", ICLR 2025, arXiv 2409.11219.
     torchrun --nproc-per-node 2 ddpm_sfd.py --forget 0
 
 The idea. A diffusion teacher knows the score of every class. We distil it into a generator that needs one network
-call, and on the way we lie to it about one class: whenever that class is asked for, the teacher's score is taken for
-a safe class instead. The generator never sees an image, neither a real one nor the teacher's; only scores at noised
+call, and on the way we lie to it about one class: whenever that class is asked for, the teacher is asked for a safe
+class in its place. The generator never sees an image, neither a real one nor the teacher's; only scores at noised
 versions of its own images. Two networks take turns:
 
     1. the fake score learns to denoise what the generator draws at present, so that it knows the generator's score;
@@ -34,7 +34,7 @@ Glossary. The labels stand on the lines that do them; (D1) to (D3) and (L1) are 
     z, x_g              z, x_g     Gaussian noise, and the image that the generator makes of it
     c_fake              c          the label that was asked for; the generator and the fake score see it
     c_teacher           c'         the label that the teacher is asked for: c, or the safe class if c is to be forgotten
-    f_phi, f_psi                   what teacher, guided, and fake score take x_t for, as clean images (D3)
+    f_phi, f_psi                   the clean images that teacher, guided, and fake score predict from x_t (D3)
     guidance, k         k          the teacher is asked with classifier-free guidance, eps_phi^k = eps_phi(x_t, t) +
                                    k (eps_phi(x_t, t, c') - eps_phi(x_t, t)); k = 1: eps_phi itself           (L1)
     alpha               alpha      how much of the difference f_phi - f_psi the second factor takes back   (S3)
@@ -242,7 +242,7 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
         generator.train()
         with run.autocast():
             x_g = one_step(parallel_generator, z, c, schedule, config.t_init)  # (S1)
-        if config.clip_images == "on":  # what lies beyond black is black: grain in a background ends there, at no cost
+        if config.clip_images == "on":  # beyond black is black: no grain there; such a pixel gets no gradient
             x_g = x_g.clamp(-1, 1)
 
         # 1. the fake score learns the generator's distribution
@@ -279,7 +279,8 @@ def main(config):
     with refusing():
         teacher = load_teacher(config.teacher)
         if teacher.num_classes is None:
-            raise ValueError(f"--teacher {config.teacher} is unconditional; SFD needs a class-conditional teacher")
+            kind = "unconditional" if teacher.text_dim is None else "text-conditional"
+            raise ValueError(f"--teacher {config.teacher} is {kind}; SFD needs a class-conditional teacher")
         classes = read_classes(config, teacher.num_classes)
         generator, fake_score = read_pair(config, teacher)
         if config.t_min >= config.t_max:

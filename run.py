@@ -320,8 +320,8 @@ class Run:
         """The network itself, made fast in place, so that no name in its state changes: channels last, and compiled
         with --compile. A copy of it, such as the EMA, is not compiled.
 
-        Convolutions are faster with channels last: on tensor cores, and on CPUs, in bfloat16 twice as fast, in float32 by
-        an eighth. But there PyTorch's GroupNorm is ten times slower, unless its groups are at least 16 channels wide."""
+        Convolutions are faster with channels last: on tensor cores, and on CPUs, in bfloat16 twice as fast, a little in
+        float32. But there PyTorch's GroupNorm is ten times slower, unless its groups are at least 16 channels wide."""
         norms = [m for m in network.modules() if isinstance(m, torch.nn.GroupNorm)]
         if self.device.type == "cuda" or all(m.num_channels // m.num_groups >= 16 for m in norms):
             network.to(memory_format=torch.channels_last)

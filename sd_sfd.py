@@ -16,7 +16,7 @@ Distillation" (LSG).
 
 The idea is that of ddpm_sfd.py: a diffusion teacher is distilled into a generator that needs one network call, with
 nothing but scores at noised versions of the generator's own pictures; and where a concept is asked for that is to be
-forgotten, the teacher's score is taken for a safe prompt instead. What differs in text-to-image models:
+forgotten, the teacher is asked for a safe prompt in its place. What differs in text-to-image models:
 
     - everything happens to latents, the autoencoder's small pictures; it decodes them only to be looked at;
     - the condition c is a text embedding. A concept is given by prompts: those that name it, and the same with it
@@ -34,7 +34,7 @@ Glossary. The labels stand on the lines that do them; (D1) to (D3) and (L1) are 
     nothing             ""         the embedding of the empty prompt, where guidance starts from
     k1, k2, k3, k4      k          guidance scales: of the fake score in its training (k1) and where it is compared
                                    (k2 = k3), and of the teacher (k4)                                (L1)
-    f_phi, f_psi                   what teacher and fake score take x_t for, as clean latents        (D3)
+    f_phi, f_psi                   the clean latents that teacher and fake score predict from x_t    (D3)
     alpha, w, lambda_*             as in ddpm_sfd.py                                                 (S3) (S4) (S5)
 
 Tensors are latents (B, C, H, W), steps t (B,) in 0..999 and text embeddings (B, L, D).
@@ -90,8 +90,8 @@ class Config:
                        choices=["replace", "negative"])
     sd: str = option("tiny-sd", "the shipped model, or a folder as the hub serves Stable Diffusion 1.x")
     retain_prompts: str = option("", "file of prompts to retain, one a line; the tiny model has its own")
-    forget_prompts: str = option("", "file of prompts to forget, one a line, the concept written out or as {}; one "
-                                "without either gets it added in --mode negative")
+    forget_prompts: str = option("", "file of prompts to forget, one a line, the concept written out or as {}; with a "
+                                "folder and --mode negative it is added to those without either")
     init_generator: str = option("none", "two-stage SFD: where theta begins, the generator of a --forget none run; "
                                 "none: the teacher")
     init_fake_score: str = option("none", "two-stage SFD: where psi begins, the fake score of that run; none: the "
@@ -195,8 +195,13 @@ def read_concept(config):
         flag = "--forget none" if concept == "none" else "--mode negative"
         raise ValueError(f"--override {config.override!r} names a substitute; {flag} has none, so leave it out")
     if concept == "none":
+        if config.mode == "negative" or config.forget_prompts:
+            flag = "--forget-prompts" if config.forget_prompts else "--mode negative"
+            raise ValueError(f"{flag} changes nothing with --forget none; leave it out")
         return prompts, [], [], ""
-    named = read_prompts(config.forget_prompts) if config.forget_prompts else prompts
+    if config.mode == "negative" and config.k_teacher <= 1:
+        raise ValueError(f"--mode negative works by guidance: --k-teacher {config.k_teacher:g} must be above 1")
+    named = read_prompts(config.forget_prompts) if config.forget_prompts else every_prompt() if tiny else prompts
     if config.mode == "negative" and not tiny:  # subjects, each with each of the forbidden words
         forbidden = [word.strip() for word in config.forget.split(",")]
         added = [p if "{}" in p or any(contains(p, word) for word in forbidden) else f"{p}, {{}}" for p in named]
@@ -212,6 +217,9 @@ def read_concept(config):
         check_drawn(concept)
     if not forget:
         raise ValueError(f"--forget {concept!r} stands in none of the prompts; the first of them is {named[0]!r}")
+    if config.forget_prompts and len(forget) < len(named):
+        other = next(p for p in named if not contains(p, concept))
+        raise ValueError(f"--forget-prompts: {other!r} is without {concept!r}; write it out, or {{}} in its place")
     if not retained:
         raise ValueError(f"--forget {concept!r} stands in every prompt; leave some to retain")
     if config.mode == "negative":
@@ -308,7 +316,7 @@ def train(config, run, teacher, schedule, prompts, look=None, generator=None, fa
 
     latest = []  # the latents of forget prompts that were drawn last
     for _ in run.loop(state, label="SFD"):
-        # 1. the fake score learns the generator's distribution; dropout is active in what is being trained alone
+        # 1. the fake score learns the generator's distribution; dropout is active only in what is being trained
         generator.eval()
         fake_score.train().requires_grad_(True)
         loss_psi = run.update("loss_psi", fake_score_losses(), fake_score, optimizer_psi, config.clip_value)
@@ -380,7 +388,7 @@ def main(config):
             return sd.vae.decode(latents.float())
 
         def spread(prompts, n):  # n of them, evenly
-            return prompts[:: max(1, len(prompts) // n)][:n]
+            return [prompts[i * len(prompts) // n] for i in range(min(n, len(prompts)))]
 
         rows = spread(forget, 4) + spread(retained, 6)
         with torch.no_grad():

@@ -326,6 +326,8 @@ def guided_noise(unet, x_t, t, c, guidance, null=None):
     null: what "nothing said" is, in the shape of c: the null label if not given; with text, the embedding of ""."""
     if c is None or (not torch.is_tensor(guidance) and guidance == 1):
         return unet(x_t, t, c)
+    if null is None and unet.null_label is None:
+        raise ValueError('with text, guidance needs null, the embedding of ""')
     null = torch.full_like(c, unet.null_label) if null is None else null.expand_as(c)
     eps, eps_null = unet(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([c, null])).chunk(2)
     return eps_null + guidance * (eps - eps_null)  # (L1) eps^k = eps(x, t, "") + k (eps(x, t, c) - eps(x, t, ""))
@@ -337,14 +339,14 @@ def ddim_sample(unet, schedule, z, c=None, steps=50, eta=0.0, guidance=1.0, x0_c
 
     z (B, C, H, W) standard Gaussian, c as the U-Net takes it -> images (B, C, H, W), in [-1, 1] when x0_clip.
     eta 0 is deterministic; eta 1 at steps = T is the ancestral sampler. steps is 1..T, and the cost in network calls
-    (twice that with guidance); the first is at t = T - T / steps: 980 of 50, and 0 of a single one, which so leaves z,
-    the noise, as it is, but for clipping. noise: a function shape -> noise, such as `indexed_noise(...)`, for eta > 0.
-    null: as in `guided_noise`. Latents are no images: x0_clip=False for them.
+    (twice that with guidance); the first is at t = (steps - 1) T // steps: 980 for steps=50; 0 for steps=1, which so
+    leaves z, the noise, as it is, but for clipping. noise: a function shape -> noise, such as `indexed_noise(...)`, for
+    eta > 0. null: as in `guided_noise`. Latents are no images: x0_clip=False for them.
     """
     if not 1 <= steps <= schedule.T:
         raise ValueError(f"steps must be 1..{schedule.T}, not {steps}")
     noise = noise or (lambda shape: torch.randn(len(z), *shape))
-    times = [i * schedule.T // steps for i in range(steps)]  # 0, T / steps, .. T - T / steps
+    times = [i * schedule.T // steps for i in range(steps)]  # 0, T / steps, .. (steps - 1) T / steps
     x = z
     for i in reversed(range(steps)):
         t = torch.full((len(z),), times[i], device=z.device)
@@ -363,7 +365,7 @@ def ddim_sample(unet, schedule, z, c=None, steps=50, eta=0.0, guidance=1.0, x0_c
 
 
 @torch.no_grad()
-def ancestral_sample(unet, schedule, z, c=None, guidance=1.0, x0_clip=True, noise=None):
+def ancestral_sample(unet, schedule, z, c=None, guidance=1.0, x0_clip=True, noise=None, null=None):
     """Images from noise by Ho et al.'s own sampler: x_{t-1} ~ q(x_{t-1} | x_t, x0_hat), one call for each of T steps.
 
     Arguments and result as in `ddim_sample`. The variance is the posterior's ("fixed small").
@@ -372,7 +374,7 @@ def ancestral_sample(unet, schedule, z, c=None, guidance=1.0, x0_clip=True, nois
     x = z
     for i in reversed(range(schedule.T)):
         t = torch.full((len(z),), i, device=z.device)
-        x0 = schedule.predict_x0(x, guided_noise(unet, x, t, c, guidance), t)  # (D3)
+        x0 = schedule.predict_x0(x, guided_noise(unet, x, t, c, guidance, null), t)  # (D3)
         x0 = x0.clamp(-1, 1) if x0_clip else x0
         beta, abar = schedule.betas[i], schedule.alphas_cumprod[i]
         abar_next = schedule.alphas_cumprod[i - 1] if i > 0 else torch.ones_like(abar)
@@ -444,5 +446,5 @@ def load_unet(source):
         unet.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{source} does not hold the U-Net that it says: {str(error).splitlines()[0]}") from None
-    unet.card, unet.path = facts["card"], weights_path(source)
+    unet.card, unet.path = facts.get("card", {}), weights_path(source)
     return unet.eval()

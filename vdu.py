@@ -7,12 +7,16 @@ Models under Data Constraints: A Variational Inference Approach"), TMLR 2026, ar
     python vdu.py --forget 2 --images 10              # all we have of it is ten images
     python vdu.py --forget 3 --data my_images/        # a folder of pictures of what is to go
     python vdu.py --preset tiny-sd --forget red       # a feature, from a text-to-image model
+    python pretrain.py cifar10-posterior              # CIFAR-10: K networks that go on from google/ddpm-cifar10-32
+    python vdu.py --teacher runs/pretrain-cifar10-posterior/cifar10-unconditional.safetensors \\
+        --posterior runs/pretrain-cifar10-posterior/cifar10-unconditional-posterior.safetensors --data data \\
+        --classifier none --out runs/vdu-cifar10-forget1        # at MNIST's settings, for want of others
 
 The idea. Training gave us a belief about the weights, the posterior p(theta | D): a Gaussian around the weights mu*
-that we use, wide (sigma*) where trainings disagree that went on alone from one beginning, narrow where they agree:
-their spread stands in for the posterior's. What we would like is the belief that we would hold had we never seen the
-undesired images D_f, only the retained rest D_r. Bayes' rule takes evidence out as easily as it puts it in. As
-p(theta | D) is proportional to p(D_f | theta) p(theta | D_r),
+that we use, wide (sigma*) where trainings that shared a beginning and then went on alone disagree, narrow where they
+agree: their spread stands in for the posterior's. What we would like is the belief that we would hold had we never
+seen the undesired images D_f, only the retained rest D_r. Bayes' rule takes evidence out as easily as it puts it in.
+As p(theta | D) is proportional to p(D_f | theta) p(theta | D_r),
 
     (V1)  p(theta | D_r) is proportional to p(theta | D) / p(D_f | theta)
 
@@ -24,9 +28,9 @@ nearest to it:
 
 The second term makes the undesired images unlikely. Minus the denoising error bounds log p from below, and (V3), the
 plasticity inducer, pushes this bound down: the network shall denoise D_f badly (that log p follows is hoped, not
-proved). The first term, for two Gaussians of one width, is the distance between their means in units of sigma*: that
-is (V4), the stability regularizer, which lets a weight move if those trainings disagree on it, and holds it if they
-agree. (V5) mixes the two.
+proved). The first term, for two Gaussians of one width, is half the squared distance between their means, in units of
+sigma*: that is (V4), the stability regularizer, which lets a weight move if those trainings disagree on it, and holds
+it if they agree. (V5) mixes the two.
 
 How far? (V3) has no lower bound: left alone it ends in a network that draws blots. And on the way, it seems, the
 error on D_f grows most by what all images share, such as more ink or less, so that the rest goes too. At mu* the slope
@@ -37,7 +41,8 @@ when the error on some of D_f has grown by a given factor.
 Glossary. The labels stand on the lines that do them; (D1) to (D3) are in unet.py.
 
     unet, theta     theta       the network, begun at mu*
-    mean, variance  mu*, s*^2   the posterior of each weight, given all data; name -> tensor
+    mean            mu*         the posterior of each weight, given all data: its mean, name -> tensor
+    variance        sigma*^2    and its variance, likewise
     x0              x_0 in D_f  an undesired image, (B, C, H, W), in [-1, 1]; with --sd its latent
     w               w_t         what the error at step t weighs in the bound                     (V3)
     A               A           plasticity inducer, minimised: minus the denoising error on D_f  (V3)
@@ -55,6 +60,7 @@ from concepts import (
     ConceptJudge,
     check_drawn,
     contains,
+    draw_concepts,
     evaluate_concept,
     every_prompt,
     load_concept_statistics,
@@ -90,8 +96,9 @@ class Config:
                                "auto: data/, a download, else teacher; with --sd tiny-sd as teacher")
     images: int = option(100, "how many undesired images are at hand; 0: all that --data has, or 100 drawn", low=0)
     teacher: str = option("mnist-unconditional", "a shipped name, a file, a URL or hub:ORG/NAME; see convert.py")
-    posterior: str = option("auto", "the variance of the teacher's weights: a shipped name, a file, or the files of K "
-                            ">= 2 teachers to take it from; auto: what ships for the shipped ones", nargs="+")
+    posterior: str = option("auto", "the variance of the teacher's weights: a shipped name, a file, or K >= 2 files of "
+                            "U-Nets, whose variance it is and whose mean then takes the teacher's place; auto: what "
+                            "ships for the shipped ones", nargs="+")
     steps: int = option(60, "training steps, at most; our choice", low=0)
     stop_at: float = option(1.25, "end when the error on some fixed noised images of D_f has grown by this factor; 0: "
                             "never; our choice", low=0)
@@ -143,7 +150,7 @@ def plasticity_inducer(unet, x0, t, noise, schedule, c=None, weighting="bound"):
 
 
 def stability_regularizer(unet, mean, variance):
-    """How far the weights are from mu*, in units of sigma*: a scalar, 0 at mu*. mean, variance: name -> tensor."""
+    """Half the squared distance of the weights from mu*, in units of sigma*. mean, variance: name -> tensor. Scalar."""
     return sum(((theta - mean[name]).square() / (2 * variance[name])).sum()
                for name, theta in unet.named_parameters())  # (V4) B = sum_i (theta_i - mu*_i)^2 / (2 sigma*_i^2)
 
@@ -220,7 +227,8 @@ def train(config, run, unet, variance, images, schedule, texts=None):
     def draw(n):
         pick = torch.randint(len(images), (n,), device=run.device)
         t = torch.randint(config.t_min, config.t_max, (n,), device=run.device)
-        return images[pick], t, torch.randn_like(images[pick]), None if texts is None else texts[pick]
+        x0 = images[pick]
+        return x0, t, torch.randn_like(x0), None if texts is None else texts[pick]
 
     probe = []  # the same throughout: its error shows the change in theta alone
     for t in torch.linspace(config.t_min, config.t_max - 1, 128, device=run.device).long().split(batch):
@@ -288,6 +296,8 @@ def undesired_pictures(config, sd, concept):
         return pictures, [config.prompt or concept] * len(pictures), origin
     if config.sd != "tiny-sd":
         raise ValueError("--data: name a folder of pictures to forget; the tiny model alone draws its own")
+    if config.prompt:
+        raise ValueError("--prompt names the pictures of a folder; give --data FOLDER, or leave it out")
     prompts, n = [prompt for prompt in every_prompt() if contains(prompt, concept)], config.images or 100
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed)).tolist()
     names = [prompts[order[i % len(prompts)]] for i in range(n)]
@@ -327,6 +337,8 @@ def check_flags(config):
     """ValueError for values that do not go together, and for a flag that was given and would change nothing."""
     if config.t_min >= config.t_max:
         raise ValueError(f"--t-min {config.t_min} must be below --t-max {config.t_max}")
+    if 0 < config.stop_at <= 1:
+        raise ValueError(f"--stop-at {config.stop_at:g} must be above 1, since the error grows from there; 0: never")
     if config.optimizer == "adam" and config.lr > 0.1:
         raise ValueError(f"--lr {config.lr} is a length in sigmas; Adam wants a rate, such as --lr 1e-5")
     if config.sd and config.classifier not in (Config.classifier, "none"):
@@ -379,8 +391,11 @@ def main_of_sd(config):
                 prompt_grid(drawn, rows, run.folder / f"samples_{name}.png", f"{name} VDU",
                             [i for i, prompt in enumerate(rows) if contains(prompt, concept)])
         if judge:
-            metrics |= evaluate_concept(guided_sampler(sd, unet), sd, judge, concept, 20, 0, load_concept_statistics(),
-                                        nfe=100)
+            its = load_concept_statistics()
+            if teacher.path is None:  # a mean that no file holds: what ships are another model's
+                drawn, pairs, _ = draw_concepts(guided_sampler(sd, teacher), sd, 20, 0, run.device, "teacher, to judge")
+                its = *judge(drawn), pairs
+            metrics |= evaluate_concept(guided_sampler(sd, unet), sd, judge, concept, 20, 0, its, nfe=100)
             print(table(metrics))
     run.finish(metrics)
 

@@ -123,6 +123,13 @@ def test_neighbours_are_retained():
     assert len(retained) == 600
 
 
+def test_the_tiny_model_forgets_its_own_prompts_whatever_is_retained(tmp_path):
+    (tmp_path / "keep.txt").write_text("my red three\nmy blue five\n")
+    retained, forget, safe, _ = read_concept(Config(forget="three", override="eight", retain_prompts=str(tmp_path / "keep.txt")))
+    assert retained == ["my blue five"]
+    assert (forget, safe) == read_concept(Config(forget="three", override="eight"))[1:3]
+
+
 def test_the_negative_prompt_takes_the_place_of_the_safe_one():
     _, forget, safe, negative = read_concept(Config(forget="three", mode="negative"))
     assert negative == "three" and len(safe) == len(forget) and not any(contains(p, "three") for p in safe)
@@ -191,6 +198,10 @@ def test_prompts_from_files(tmp_path):
     ("--sd folder --forget three --retain-prompts {prompts}", "name what is safe in place of 'three'"),
     ("--forget three --override eight --mode negative", "--mode negative has none"),
     ("--forget none --override eight", "--forget none has none"),
+    ("--forget none --mode negative", "--mode negative changes nothing"),
+    ("--forget none --forget-prompts {prompts}", "--forget-prompts changes nothing"),
+    ("--forget three --forget-prompts {prompts}", "is without 'three'"),
+    ("--forget three --mode negative --k-teacher 1", "--k-teacher 1 must be above 1"),
     ("--sd nowhere", "--retain-prompts"),
     ("--sd nowhere --retain-prompts {prompts} --override eight", "no folder 'nowhere'"),
     ("--forget-prompts missing.txt", "missing.txt"),

@@ -245,6 +245,8 @@ def test_gradient_checkpointing_changes_memory_not_gradients(conditioning):
 def test_guidance_with_text_starts_from_the_embedding_of_nothing(told_by_text):
     x, t, text, nothing = torch.randn(2, 4, 8, 8), torch.tensor([5, 900]), torch.randn(2, 6, 12), torch.randn(1, 6, 12)
     eps, null = told_by_text(x, t, text), told_by_text(x, t, nothing.repeat(2, 1, 1))
+    with pytest.raises(ValueError, match="needs null"):
+        guided_noise(told_by_text, x, t, text, 4.5)
     torch.testing.assert_close(guided_noise(told_by_text, x, t, text, 4.5, nothing), 4.5 * eps - 3.5 * null,
                                rtol=1e-4, atol=1e-5)
 

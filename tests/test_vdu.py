@@ -619,6 +619,7 @@ def test_the_main_job_leaves_what_it_promises(tmp_path):
     ("--t-min 500 --t-max 400", "must be below"),
     ("--gamma 1.5", "at most 1"),
     ("--optimizer adam", "Adam wants a rate"),
+    ("--stop-at 1", "--stop-at 1 must be above 1"),
     ("--prompt a red three", "--prompt changes nothing without --sd"),
     ("--images -1", "at least 0"),
 ])
@@ -672,6 +673,7 @@ def test_a_feature_is_forgotten_from_a_folder_of_pictures(sd_folder, tmp_path):
     ("--preset tiny-sd --sd {sd} --forget red --posterior tiny-sd/posterior", "is of another network"),
     ("--preset tiny-sd --teacher mine.safetensors", "--teacher changes nothing with --sd"),
     ("--preset tiny-sd --eval-images 100", "--eval-images changes nothing"),
+    ("--preset tiny-sd --prompt a red thing", "--prompt names the pictures of a folder"),
     ("--preset tiny-sd --classifier mine", "with --sd it is mnist-classifier or none"),
 ])
 def test_features_bad_input_gets_one_line(sd_folder, tmp_path, monkeypatch, words, message):
@@ -686,6 +688,24 @@ def test_without_a_classifier_the_tiny_model_is_unlearned_and_not_judged(tmp_pat
     done = inside("vdu.py --preset tiny-sd --classifier none --steps 0 --images 2 --device cpu --out out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "pul" not in json.loads((tmp_path / "out/metrics.json").read_text()) and (tmp_path / "out/samples_after.png").exists()
+
+
+def test_a_mean_that_no_file_holds_is_judged_as_the_teacher_that_it_is(tmp_path, monkeypatch):
+    """From the files of K U-Nets: after no step, the teacher's numbers are those of what was "unlearned"."""
+    unet = load_stable_diffusion("tiny-sd").unet
+    for name, factor in (("a", 0.9), ("b", 1.2)):
+        state = {k: factor * v for k, v in unet.state_dict().items()}
+        write_tensors(tmp_path / f"{name}.safetensors", "U-Net", state, config=unet.config)
+
+    def cheap(sd, network, *_):  # a picture that tells the network's weights
+        return lambda z, c, noise=None: network.conv_in.bias.mean() + z.repeat(1, 1, 4, 4)[:, :3, :32, :32].tanh()
+
+    monkeypatch.setattr(vdu, "guided_sampler", cheap)
+    done = inside("vdu.py --preset tiny-sd --posterior a.safetensors b.safetensors --steps 0 --images 2 --device cpu --out out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["teacher_fid"] == pytest.approx(metrics["fid"], rel=1e-9)
+    assert metrics["teacher_retained_accuracy"] == metrics["retained_accuracy"]
 
 
 def test_features_are_drawn_by_the_model_itself_where_nobody_brings_pictures():
