@@ -230,58 +230,34 @@ def read_ddpm_family(config, items):
     upwards = (r"^up\.(\d+)", lambda up: f"up.{last - int(up[1])}")  # their up.0 is full resolution, ours the lowest
     unet = fill(settings, tensors, [upwards, *DDPM_FAMILY])
     one_step = {"method": "SFD", "t_init": config.t_init} if found["network"] == "generator" else {}
+    if not one_step and config.t_init != Config.t_init:
+        raise ValueError(f"--t-init {config.t_init} is for a one-step generator, which its {found['network']} is not")
     return unet, found | one_step | {"tensors": len(tensors)}
 
 
 # ---------------------------------------------------------------------------- diffusers
 
-BOTH = {  # of config.json: what diffusers takes when it is silent, and what our U-Net can be
-    "center_input_sample": (False, [False]),
-    "time_embedding_type": ("positional", ["positional"]),
-    "mid_block_scale_factor": (1, [1]),
-    "act_fn": ("silu", ["silu", "swish"]),
-    "resnet_time_scale_shift": ("default", ["default"]),
-    "class_embed_type": (None, [None]),
-    "num_class_embeds": (None, [None]),
-}
+def same(**settings):
+    """Rules for settings in which our U-Net is what diffusers takes when config.json is silent, and nothing else."""
+    return {name: (value, [value]) for name, value in settings.items()}
+
+
+# name -> (what diffusers takes when config.json is silent, what our U-Net can be)
+BOTH = {"act_fn": ("silu", ["silu", "swish"])} | same(
+    center_input_sample=False, time_embedding_type="positional", mid_block_scale_factor=1,
+    resnet_time_scale_shift="default", class_embed_type=None, num_class_embeds=None)
 SETTINGS = BOTH | {  # of a UNet2DModel
-    "_class_name": (None, ["UNet2DModel"]),
-    "freq_shift": (0, [1]),
-    "flip_sin_to_cos": (True, [False]),
-    "mid_block_type": ("UNetMidBlock2D", ["UNetMidBlock2D"]),
-    "downsample_padding": (1, [0]),
-    "downsample_type": ("conv", ["conv"]),
-    "upsample_type": ("conv", ["conv"]),
-    "norm_eps": (1e-5, [1e-6]),
-    "add_attention": (True, [True]),
-}
-SCHEDULE = {  # of a scheduler_config.json beside a UNet2DModel: VPSchedule.linear, and a network that predicts eps
-    "prediction_type": ("epsilon", ["epsilon"]),
-    "beta_schedule": ("linear", ["linear"]),
-    "num_train_timesteps": (1000, [1000]),
-    "beta_start": (1e-4, [1e-4]),
-    "beta_end": (0.02, [0.02]),
-    "trained_betas": (None, [None]),
-    "rescale_betas_zero_snr": (False, [False]),
-}
-TEXT_SETTINGS = BOTH | {  # of a UNet2DConditionModel
-    "_class_name": (None, ["UNet2DConditionModel"]),
-    "freq_shift": (0, [0]),
-    "flip_sin_to_cos": (True, [True]),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn", ["UNetMidBlock2DCrossAttn"]),
-    "downsample_padding": (1, [1]),
-    "norm_eps": (1e-5, [1e-5]),
-    "use_linear_projection": (False, [False]),
-    "only_cross_attention": (False, [False]),
-    "dual_cross_attention": (False, [False]),
-    "transformer_layers_per_block": (1, [1]),
-    "num_attention_heads": (None, [None]),
-    "addition_embed_type": (None, [None]),
-    "encoder_hid_dim": (None, [None]),
-    "time_cond_proj_dim": (None, [None]),
-    "conv_in_kernel": (3, [3]),
-    "conv_out_kernel": (3, [3]),
-}
+    "_class_name": (None, ["UNet2DModel"]), "freq_shift": (0, [1]), "flip_sin_to_cos": (True, [False]),
+    "downsample_padding": (1, [0]), "norm_eps": (1e-5, [1e-6]),
+} | same(mid_block_type="UNetMidBlock2D", downsample_type="conv", upsample_type="conv", add_attention=True)
+TEXT_SETTINGS = BOTH | {"_class_name": (None, ["UNet2DConditionModel"])} | same(  # of a UNet2DConditionModel
+    freq_shift=0, flip_sin_to_cos=True, mid_block_type="UNetMidBlock2DCrossAttn", downsample_padding=1, norm_eps=1e-5,
+    use_linear_projection=False, only_cross_attention=False, dual_cross_attention=False,
+    transformer_layers_per_block=1, num_attention_heads=None, addition_embed_type=None, encoder_hid_dim=None,
+    time_cond_proj_dim=None, conv_in_kernel=3, conv_out_kernel=3)
+SCHEDULE = same(  # of a scheduler_config.json beside a UNet2DModel: VPSchedule.linear, and a network that predicts eps
+    prediction_type="epsilon", beta_schedule="linear", num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02,
+    trained_betas=None, rescale_betas_zero_snr=False)
 
 
 def supported_or_refused(theirs, rules):
@@ -292,30 +268,36 @@ def supported_or_refused(theirs, rules):
             raise ValueError(f"{name} {value!r} is not supported, only {' or '.join(map(repr, supported))}")
 
 
+def levels(theirs, kind, image_size, rules):
+    """What both kinds of U-Net say alike, as ours; the names of blocks with attention begin with `kind`. ValueError as
+    above, `rules` among them, or where nothing tells the size of images."""
+    widths, down = theirs["block_out_channels"], theirs["down_block_types"]
+    attended = [level for level, name in enumerate(down) if name == kind + "DownBlock2D"]
+    kinds = [kind if level in attended else "" for level in range(len(widths))]
+    supported_or_refused(theirs, rules | {
+        "block_out_channels": (None, [[width // widths[0] * widths[0] for width in widths]]),  # whole multiples
+        "down_block_types": (None, [[k + "DownBlock2D" for k in kinds]]),
+        "up_block_types": (None, [[k + "UpBlock2D" for k in reversed(kinds)]])})  # attention at the same resolutions
+    size = image_size or theirs.get("sample_size")
+    size = size[0] if isinstance(size, list) and len(set(size)) == 1 else size
+    if not isinstance(size, int):
+        raise ValueError(f"sample_size {size!r} is no size of a square; convert.py takes --image-size")
+    return {"channels": widths[0], "multipliers": [width // widths[0] for width in widths],
+            "blocks": theirs.get("layers_per_block", 2), "dropout": theirs.get("dropout", 0.0),
+            "groups": theirs.get("norm_num_groups", 32), **pixels(size, len(widths), attended)}
+
+
 def diffusers_settings(theirs, image_size):
     """The configuration of a UNet2DModel, as ours. ValueError names the first setting that our U-Net cannot have."""
     widths, down = theirs["block_out_channels"], theirs["down_block_types"]
-    in_channels, groups = theirs.get("in_channels", 3), theirs.get("norm_num_groups", 32)
-    attended = [level for level, kind in enumerate(down) if kind == "AttnDownBlock2D"]
-    head = {widths[-1], *(widths[level] for level in attended)}  # a single head is as wide as its level, or the middle
-    attn = ["Attn" if level in attended else "" for level in range(len(widths))]
-    sample_size = theirs.get("sample_size")
-    square = sample_size[0] if isinstance(sample_size, list) and len(set(sample_size)) == 1 else sample_size
-    rules = SETTINGS | {
-        "block_out_channels": (None, [[width // widths[0] * widths[0] for width in widths]]),  # whole multiples
-        "down_block_types": (None, [[a + "DownBlock2D" for a in attn]]),
-        "up_block_types": (None, [[a + "UpBlock2D" for a in reversed(attn)]]),  # attention at the same resolutions
+    in_channels = theirs.get("in_channels", 3)
+    # a single head is as wide as its level, or the middle
+    head = {widths[-1], *(width for width, kind in zip(widths, down) if kind == "AttnDownBlock2D")}
+    return {"in_channels": in_channels, "num_classes": None, **levels(theirs, "Attn", image_size, SETTINGS | {
         "out_channels": (3, [in_channels]),
         "time_embedding_dim": (None, [None, 4 * widths[0]]),
         "attention_head_dim": (8, [None, *head] if len(head) == 1 else [None]),
-        "attn_norm_num_groups": (None, [None, groups]),
-    }
-    supported_or_refused(theirs, rules)
-    if not isinstance(image_size or square, int):
-        raise ValueError(f"sample_size {sample_size!r} is no size of square images; give --image-size")
-    return {"in_channels": in_channels, "channels": widths[0], "multipliers": [width // widths[0] for width in widths],
-            "blocks": theirs.get("layers_per_block", 2), "dropout": theirs.get("dropout", 0.0), "groups": groups,
-            "num_classes": None, **pixels(image_size or square, len(widths), attended)}
+        "attn_norm_num_groups": (None, [None, theirs.get("norm_num_groups", 32)])})}
 
 
 def read_diffusers(config, tensors, file):
@@ -349,25 +331,12 @@ def text_unet(tensors, config):
 
     ValueError when our U-Net cannot be that, or unless every tensor is used and every parameter filled."""
     try:
-        widths, down, in_channels = (config[name] for name in ("block_out_channels", "down_block_types", "in_channels"))
-        attended = [level for level, kind in enumerate(down) if kind == "CrossAttnDownBlock2D"]
-        kinds = ["CrossAttn" if level in attended else "" for level in range(len(widths))]
-        heads, text_dim = config.get("attention_head_dim", 8), config.get("cross_attention_dim", 1280)
-        supported_or_refused(config, TEXT_SETTINGS | {
-            "block_out_channels": (None, [[width // widths[0] * widths[0] for width in widths]]),  # whole multiples
-            "down_block_types": (None, [[kind + "DownBlock2D" for kind in kinds]]),
-            "up_block_types": (None, [[kind + "UpBlock2D" for kind in reversed(kinds)]]),
-            "out_channels": (4, [in_channels]),
-        })
-        if not isinstance(heads, int) or not isinstance(text_dim, int):  # the heads' number is called their width there
+        in_channels, text_dim = config["in_channels"], config.get("cross_attention_dim", 1280)
+        heads = config.get("attention_head_dim", 8)  # their number, which is called their width there
+        if not isinstance(heads, int) or not isinstance(text_dim, int):
             raise ValueError("attention_head_dim and cross_attention_dim must be one number each, for all levels")
-        if not isinstance(config["sample_size"], int):
-            raise ValueError(f"sample_size {config['sample_size']!r} is no size of square latents; convert.py takes "
-                             "--image-size")
-        settings = {"in_channels": in_channels, "channels": widths[0], "blocks": config.get("layers_per_block", 2),
-                    "multipliers": [width // widths[0] for width in widths], "text_dim": text_dim, "heads": heads,
-                    "groups": config.get("norm_num_groups", 32), "dropout": config.get("dropout", 0.0),
-                    **pixels(config["sample_size"], len(widths), attended)}
+        settings = {"in_channels": in_channels, "text_dim": text_dim, "heads": heads,
+                    **levels(config, "CrossAttn", 0, TEXT_SETTINGS | {"out_channels": (4, [in_channels])})}
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"its config.json describes no UNet2DConditionModel: {error!r}") from None
     return fill(settings, tensors, DIFFUSERS_TEXT)
@@ -442,6 +411,8 @@ def read(config, path):
         if config.t_init not in (Config.t_init, content.card.get("t_init")):
             raise ValueError(f"--t-init {config.t_init}: its card says {content.card.get('t_init', 'no generator')}")
         return content, {"container": "U-Net of minUnlearn", "tensors": len(content.state_dict())}
+    if config.t_init != Config.t_init:
+        raise ValueError(f"--t-init {config.t_init} is for a one-step generator, which this is not")
     if not is_tensors(content):
         raise ValueError(f"a {type(content).__name__} is neither a checkpoint list nor the tensors of a network")
     if not (path.parent / "config.json").is_file():
@@ -450,14 +421,6 @@ def read(config, path):
 
 
 # ---------------------------------------------------------------------------- the command
-
-
-def write(unet, path, card):
-    """Write the U-Net; ValueError or OSError where that fails, and then what was there is still there."""
-    try:
-        save_unet(unet, path, **card)
-    except SafetensorError as error:  # a full disk, a folder that is not ours to write in
-        raise ValueError(error) from None
 
 
 def main(config):
@@ -472,8 +435,12 @@ def main(config):
         if out.exists() and out.samefile(path):
             raise ValueError("this is the file to write, too; give it another name")
         unet, found = read(config, path)
+    card = getattr(unet, "card", {"source": source.resolve().name} | found)  # ours keep their card
     with refusing(f"{out}: "):
-        write(unet, out, getattr(unet, "card", {"source": source.resolve().name} | found))  # ours keep their card
+        try:
+            save_unet(unet, out, **card)
+        except SafetensorError as error:  # a full disk, a folder that is not ours to write in
+            raise ValueError(error) from None
     found["tensors"] = f"{found['tensors']}, all of them used"
     found["parameters"] = f"{sum(p.numel() for p in unet.parameters()):,}, all of them filled"
     found["configuration"] = ", ".join(f"{name} {value}" for name, value in unet.config.items())

@@ -25,7 +25,8 @@ def open_dataset(name, folder, **split):
         try:
             return dataset(folder, **split, download=True)
         except (RuntimeError, OSError) as error:
-            raise OSError(f"{name} does not lie in {str(folder)!r} and could not be downloaded ({error})") from None
+            raise OSError(f"{name} does not lie whole in {str(folder)!r} and could not be downloaded "
+                          f"({error})") from None
 
 
 def mnist(folder, train):

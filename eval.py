@@ -317,12 +317,14 @@ def check_flags(config, unet, kind):
     text, classes = unet.text_dim is not None, unet.num_classes is not None
     on_inception = config.features == "inception"
     count = "--per-pair" if text else "--per-class" if classes else "--images"
-    drawn = config.teacher or unet.card.get("teacher", "mnist") != "mnist"  # a teacher whose numbers are not at hand
+    # a teacher whose numbers are not at hand
+    drawn = config.teacher or not on_inception and unet.card.get("teacher", "mnist") != "mnist"
     for name, useless, instead in (
             ("per_class", count != "--per-class", count), ("images", count != "--images", count),
             ("per_pair", count != "--per-pair", count), ("inception", text or not on_inception, "--features inception"),
             ("features", text, ""), ("data", text, ""), ("teacher", text, ""), ("classifier", text, ""),
             ("statistics", text or on_inception, ""), ("eta", kind != "ddim", ""),
+            ("batch_size", text or not (classes or on_inception), ""),
             ("guidance", kind == "one-step" or not (text or classes), ""),
             ("steps", kind == "ancestral" or kind == "one-step" and (text or not drawn), "")):
         if useless and getattr(config, name) != getattr(Config, name):

@@ -34,7 +34,7 @@ import mnist_statistics
 import tiny_sd
 from data import cifar10, mnist, stl10
 from features import Classifier, ResNet34
-from run import MAY_CHANGE, Run, checksum, commit, machine, option, parse, refuse, refusing, write_json
+from run import MAY_CHANGE, Run, checksum, commit, launcher, machine, option, parse, refuse, refusing, write_json
 from stable_diffusion import Autoencoder, load_stable_diffusion, save_stable_diffusion
 from teachers import load_teacher
 from unet import UNet, VPSchedule, load_unet, read_tensors, save_unet, write_tensors
@@ -86,25 +86,21 @@ class Config:
                            "classifiers", low=0, high=1)
     flip: float = option(0.0, "share of images that are mirrored; teachers", low=0, high=1)
     ema: float = option(0.999, "decay of the weight average that is kept; teachers, tiny-sd", low=0, high=1)
-    label_dropout: float = option(0.1, "share of labels or prompts replaced by 'none', for guidance; teachers, tiny-sd",
-                                  low=0, high=1)
-    min_snr: float = option(5.0, "loss weight min(SNR, this) / SNR (Hang et al. 2023, 'Min-SNR'); teachers, "
-                           "posteriors", low=0)
+    label_dropout: float = option(0.1, "share of labels or prompts replaced by 'none', for guidance; teachers, "
+                                  "tiny-sd and its posterior", low=0, high=1)
+    min_snr: float = option(5.0, "loss weight min(SNR, this) / SNR (Hang et al. 2023, 'Min-SNR'; 1e9: the plain loss); "
+                           "teachers, and posteriors but for tiny-sd's", low=1e-3)
     init: str = option("", "what to start from: a teacher, by shipped name, file, URL or hub:ORG/NAME; tiny-sd: its "
                        "autoencoder's file")
     checkpoints: int = option(5, "K, networks that share a beginning and share the steps; posterior", low=2)
     per_class: int = option(1000, "teacher images of each class; statistics", low=2)
     images: int = option(2000, "images of the unconditional teacher; statistics", low=100)
     per_pair: int = option(20, "images of each digit in each colour; tiny-sd's scores", low=1)
-    snapshot_every: int = option(
-        2500, "steps between teachers kept on the side, to see when training stops helping", low=1
-    )
+    snapshot_every: int = option(2500, "steps between teachers kept on the side, to see when training stops helping",
+                                 low=1)
     snapshots: str = option("", "more teachers to score beside the shipped one, for its card; statistics", nargs="+")
-    amp: str = option(
-        "auto",
-        "mixed precision; statistics score the class-conditional teacher in float32 all the same",
-        choices=["auto", "bf16", "fp16", "off"],
-    )
+    amp: str = option("auto", "mixed precision; statistics score the class-conditional teacher in float32 all the same",
+                      choices=["auto", "bf16", "fp16", "off"])
     compile: bool = option(False, "torch.compile the network: minutes at the start, then faster steps on a GPU; not "
                            "for tiny-sd and its autoencoder")
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
@@ -121,18 +117,10 @@ def make_card(run, path, **facts):
     usual = asdict(Config(run.config.what)) | PRESETS[run.config.what]
     changed = {k: v for k, v in settings.items() if v != usual[k] and k != "save_every"}
     flags = [f"--{k.replace('_', '-')}" + f" {v}" * (v is not True) for k, v in changed.items()]
-    return {
-        "file": path.name,
-        "sha256": checksum(path),
-        "bytes": path.stat().st_size,
-        "data": DATA.get(run.config.what.split("-")[0]),
-        "command": f"python pretrain.py {' '.join([run.config.what, *flags])}",
-        **facts,
-        "seconds": round(run.elapsed()),
-        "machine": machine(run.device),
-        "commit": commit(),
-        "config": settings,
-    }
+    return {"file": path.name, "sha256": checksum(path), "bytes": path.stat().st_size,
+            "data": DATA.get(run.config.what.split("-")[0]),
+            "command": " ".join([launcher(), "pretrain.py", run.config.what, *flags]), **facts,
+            "seconds": round(run.elapsed()), "machine": machine(run.device), "commit": commit(), "config": settings}
 
 
 def write_card(run, path, **facts):
@@ -185,8 +173,9 @@ def start(config):
     unet = load_teacher(config.init)
     if unet.image_shape != UNet(**settings).image_shape:
         raise ValueError(f"--init {config.init} draws images of another shape than {config.what} does")
-    if conditional and unet.num_classes is None:
-        raise ValueError(f"--init {config.init} is unconditional; {config.what} needs a class-conditional start")
+    if conditional and unet.num_classes != settings["num_classes"]:
+        raise ValueError(f"--init {config.init} draws {unet.num_classes or 'no'} classes; {config.what} needs a start "
+                         f"that draws {settings['num_classes']}")
     return unet if conditional or unet.num_classes is None else without_classes(unet)
 
 
@@ -222,13 +211,8 @@ def train_teacher(config, run):
         kind = "unconditional" if unet.num_classes is None else "class-conditional"
         path = run.folder / f"{config.what}.safetensors"
         save_unet(ema.module, path, what=f"{kind} teacher, {config.what}", steps=config.steps)
-        write_card(
-            run,
-            path,
-            what=f"{kind} DDPM teacher, training images",
-            parameters=sum(p.numel() for p in unet.parameters()),
-            steps=config.steps,
-        )
+        write_card(run, path, what=f"{kind} DDPM teacher, training images", steps=config.steps,
+                   parameters=sum(p.numel() for p in unet.parameters()))
 
 
 def train_posterior(config, run):
@@ -248,13 +232,8 @@ def train_posterior(config, run):
         beginning.load_state_dict(mean)
         path = run.folder / f"{data}-unconditional.safetensors"
         save_unet(beginning, path, what=f"unconditional teacher, {data}, the mean of a posterior", **facts)
-        write_card(
-            run,
-            path,
-            what=f"unconditional DDPM teacher, training images: the mean of {facts['checkpoints']} networks",
-            parameters=sum(p.numel() for p in beginning.parameters()),
-            **facts,
-        )
+        write_card(run, path, parameters=sum(p.numel() for p in beginning.parameters()), **facts,
+                   what=f"unconditional DDPM teacher, training images: the mean of {facts['checkpoints']} networks")
         write_variance(run, run.folder / f"{data}-unconditional-posterior.safetensors", variance,
                        what=f"their mean is {data}-unconditional", mean_sha256=checksum(path), **facts)
 

@@ -170,21 +170,22 @@ def machine(device=torch.device("cpu")):
     return f"{name}{threads}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
+def launcher():
+    """What starts this program: python, or torchrun for several processes."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    return "python" if world == "1" else f"torchrun --nproc-per-node {world}"
+
+
 def command():
     """What was typed, as one would type it again."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    return f"{launcher()} {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
 
 
 def commit():
     """The commit this code stands at ('+' when files differ from it), or 'unknown' outside a clone."""
-
-    def git(*words):
-        return subprocess.run(
-            ["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
+    words = ["git", "-C", Path(__file__).parent, "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -214,6 +215,8 @@ def check_out(path):
         raise ValueError(f"--out {path}: give the name of a .json file to write")
     if not Path(path or ".").parent.is_dir():
         raise ValueError(f"--out {path}: there is no folder {Path(path).parent}; make it first")
+    if path and not os.access(Path(path).parent, os.W_OK):
+        raise ValueError(f"--out {path}: the folder {Path(path).parent} may not be written in")
 
 
 def write_json(path, content):
@@ -410,8 +413,7 @@ class Run:
         words = [w for w in sys.argv if w != "--resume"]
         words = subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
         if self.rank == 0:
-            start = "python" if self.world == 1 else f"torchrun --nproc-per-node {self.world}"
-            print(f"\nstopped after step {self.step}; to go on:\n    {start} {words} --resume")
+            print(f"\nstopped after step {self.step}; to go on:\n    {launcher()} {words} --resume")
         sys.exit(130)
 
     def log(self, **numbers):
@@ -429,7 +431,7 @@ class Run:
         self.bar.close()
         saved = f"; a checkpoint in {self.folder} is from before" if (self.folder / "checkpoint.pt").exists() else ""
         print(f"{Path(sys.argv[0]).name}: error: {name} is not finite at step {self.step}{saved}. Try a smaller "
-              "learning rate, or --amp off", file=sys.stderr)
+              "learning rate, or --amp off, in another --out", file=sys.stderr)
         sys.exit(1)
 
     # -- checkpoints
@@ -453,6 +455,8 @@ class Run:
             for name, thing in self.state.items():
                 thing.load_state_dict(saved["state"][name])
             random = saved["random"][self.rank % len(saved["random"])]
+            scaler, step = saved["scaler"], saved["step"]
+            self.curves, self.seconds, self.enough = saved["curves"], saved["seconds"], saved["enough"]
         except Exception as error:  # whatever a damaged or foreign pickle raises
             reason = type(error).__name__
             if str(error) and not isinstance(error, pickle.UnpicklingError):  # which advises to run what the file holds
@@ -460,13 +464,12 @@ class Run:
             refuse(f"--resume: {path} is not a whole checkpoint of this run ({reason})")
         if len(saved["random"]) != self.world:
             refuse(f"--resume: {path} is of {len(saved['random'])} process(es); go on with as many, not {self.world}")
-        if saved["scaler"]:  # empty but for fp16, and a run may go on on another device
-            self.scaler.load_state_dict(saved["scaler"])
-        self.curves, self.seconds, self.enough = saved["curves"], saved["seconds"], saved["enough"]
+        if scaler:  # empty but for fp16, and a run may go on on another device
+            self.scaler.load_state_dict(scaler)
         torch.set_rng_state(random["cpu"])
         if random["cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(random["cuda"])
-        return saved["step"]
+        return step
 
     def elapsed(self):
         """Seconds that this run has taken so far, its earlier parts before a resume included."""

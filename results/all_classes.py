@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run import parse  # noqa: E402
+from run import parse, write_json  # noqa: E402
 
 SHOWN = {  # the numbers of one run that are worth a line
     "ddpm_sfd": "ua retained_accuracy teacher_retained_accuracy fid teacher_fid seconds",
@@ -48,7 +48,7 @@ def one(job):
     metrics = json.loads((folder / "metrics.json").read_text())
     metrics["command"] = shlex.join(["python", f"{method}.py", *words])  # as one would type it
     metrics["config"]["out"] = ""
-    target.write_text(json.dumps(metrics, indent=2) + "\n")
+    write_json(target, metrics)
     print(f"forget {k} seed {seed}: ", *(f"{name} {metrics[name]:.4g}" for name in SHOWN[method].split()), flush=True)
     shutil.rmtree(folder.parent)
 

@@ -98,7 +98,10 @@ if __name__ == "__main__":
             target = OUT / f"forget{forget}-{setting}.json"
             if not target.exists():
                 write_json(target, path_of(forget, setting, args.eval_images))
-            for p in json.loads(target.read_text())["points"]:
+            file = json.loads(target.read_text())
+            if file["images"] != args.eval_images:
+                sys.exit(f"{target} is of {file['images']} images, not {args.eval_images}; move it away first")
+            for p in file["points"]:
                 print(f"{target.stem}, {p['steps']} steps: PUL {p['pul']:.1%}, u-FID {p['u_fid'] / p['teacher_u_fid']:.2f} times "
                       f"the teacher's, confidence {100 * (p['confidence'] - p['teacher_confidence']):+.1f}  {p['counts']}", flush=True)
     files = [json.loads(path.read_text()) for path in sorted(OUT.glob("*.json"))]

@@ -425,6 +425,9 @@ def test_parse_classes_refuses(text):
     ("mnist --out tests", "--out tests: give the name of a .json file"),
     ("mnist --images 500", "--images changes nothing for mnist, sampled by ddim; --per-class does"),
     ("mnist-unconditional --forget 1 --per-class 7", "--per-class changes nothing"),
+    ("mnist-unconditional --forget 1 --batch-size 7", "--batch-size changes nothing"),
+    ("{tiny} --batch-size 7", "--batch-size changes nothing"),
+    ("mnist-distilled --features inception --data data --steps 100", "--steps changes nothing"),
     ("mnist --inception x.pt", "--inception changes nothing for mnist, sampled by ddim; --features inception does"),
 ])
 def test_flags_that_would_change_nothing_or_lose_everything_are_refused_before_the_work(words, says, tmp_path, monkeypatch, capsys):

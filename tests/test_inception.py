@@ -216,7 +216,7 @@ def test_an_unconditional_checkpoint_is_measured_with_all_its_images(files, caps
     ("generator.safetensors", "--classifier none"),  # the MNIST classifier cannot read it
     ("generator.safetensors --features inception --data data --teacher mnist", "unlike generator.safetensors"),
     ("unlearned.safetensors --classifier classifier.safetensors --forget 1", "need --features inception"),
-    ("generator.safetensors --features inception --data empty", "CIFAR10 does not lie in 'empty'"),
+    ("generator.safetensors --features inception --data empty", "CIFAR10 does not lie whole in 'empty'"),
     ("mnist-unconditional --forget 3 --images 5", "must be at least 100, not 5"),
     ("mnist-unconditional --forget 3 --data data", "leave it out"),  # precision and recall are of classes asked for
     ("mnist-unconditional", "say with --forget"),

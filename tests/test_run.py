@@ -258,6 +258,7 @@ def test_presets_set_what_there_is_to_set(name):
     ("an empty checkpoint", "not a whole checkpoint of this run (EOFError)"),
     ("another network", "not a whole checkpoint of this run (RuntimeError"),
     ("two processes", "is of 2 process(es)"),
+    ("an older kind", "not a whole checkpoint of this run (KeyError: 'enough')"),
 ])
 def test_a_resume_that_is_refused_leaves_the_finished_run_as_it_was(tmp_path, capsys, what, says):
     config, path = Config(out=str(tmp_path / "run")), tmp_path / "run/checkpoint.pt"
@@ -273,6 +274,10 @@ def test_a_resume_that_is_refused_leaves_the_finished_run_as_it_was(tmp_path, ca
     elif what == "two processes":
         saved = torch.load(path, weights_only=True)
         torch.save(saved | {"random": saved["random"] * 2}, path)
+    elif what == "an older kind":
+        saved = torch.load(path, weights_only=True)
+        del saved["enough"]
+        torch.save(saved, path)
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     capsys.readouterr()
     again = dataclasses.replace(config, resume=True, steps=2 if what == "fewer steps" else 5)
@@ -411,6 +416,13 @@ def test_a_checkpoint_of_other_processes_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as leaving:
         list(Run(Config(out=config.out, resume=True), "").loop({"net": torch.nn.Linear(2, 2)}))
     assert leaving.value.code == 2 and "is of 2 process(es); go on with as many, not 1" in capsys.readouterr().err
+
+
+def test_the_command_is_what_starts_the_run_again(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["some/where/ddpm_sfd.py", "--forget", "0", "--out", "my runs"])
+    for processes, start in (("1", "python"), ("4", "torchrun --nproc-per-node 4")):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        assert housekeeping.command() == f"{start} ddpm_sfd.py --forget 0 --out 'my runs'"
 
 
 def test_processes_that_cannot_share_are_refused_before_a_folder_is_made(tmp_path, monkeypatch, capsys):
