@@ -198,7 +198,7 @@ def test_the_classifier_command_learns(tmp_path, data):
     assert load_classifier(tmp_path / "out/mnist-classifier.safetensors").config["classes"] == 10
 
 
-def test_the_statistics_command_describes_the_real_images_and_the_teacher(tmp_path, data):
+def test_the_statistics_command_describes_the_real_images_and_the_teacher(tmp_path, data, few_calls):
     process = inside(f"pretrain.py mnist-statistics --data {data} --per-class 2 --images 100 --out out", tmp_path)
     assert process.returncode == 0, process.stderr
     statistics, facts = load_statistics(tmp_path / "out/mnist-statistics.safetensors")

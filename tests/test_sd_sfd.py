@@ -338,8 +338,8 @@ def words_for(sd_folder, out, more=""):
             f"--batch-size 4 --forget-batch-size 2 --steps 4 --eval-images 0 --device cpu --out {out} {more}")
 
 
-def test_a_run_from_a_folder_leaves_its_pictures(sd_folder, tmp_path):
-    done = python(words_for(sd_folder, "whole", "--save-every 2"), tmp_path)
+def test_a_run_from_a_folder_leaves_its_pictures(sd_folder, tmp_path, few_calls):
+    done = inside(words_for(sd_folder, "whole", "--save-every 2"), tmp_path)
     assert done.returncode == 0, done.stderr
     whole = tmp_path / "whole"
     assert {p.name for p in whole.iterdir()} == {"config.json", "metrics.json", "samples_before.png", "samples_after.png",
@@ -350,7 +350,7 @@ def test_a_run_from_a_folder_leaves_its_pictures(sd_folder, tmp_path):
     assert generator.card["t_init"] == 625 and generator.text_dim == 12
 
 
-def test_resuming_ends_in_the_same_bits(sd_folder, tmp_path, monkeypatch):
+def test_resuming_ends_in_the_same_bits(sd_folder, tmp_path, monkeypatch, few_calls):
     monkeypatch.chdir(tmp_path)
     save = Run.save
 
@@ -413,7 +413,7 @@ def test_two_processes_train_one_network(sd_folder, tmp_path):
         assert a and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_weights_in_half_precision_and_the_negative_prompt(sd_folder, tmp_path):
+def test_weights_in_half_precision_and_the_negative_prompt(sd_folder, tmp_path, few_calls):
     words = words_for(sd_folder, "bf16", "--weights bf16 --amp bf16").replace("--override eight", "--mode negative")
     done = inside(words, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -527,7 +527,7 @@ def test_the_command_hands_every_prompt_to_its_place(sd_folder, tmp_path, monkey
         torch.testing.assert_close(ours, sd.embed(texts))
 
 
-def test_two_stages_start_from_the_files_of_plain_distillation(sd_folder, tmp_path):
+def test_two_stages_start_from_the_files_of_plain_distillation(sd_folder, tmp_path, few_calls):
     done = inside(words_for(sd_folder, "first").replace("--forget three --override eight", "--forget none"), tmp_path)
     assert done.returncode == 0, done.stderr
     init = "--steps 0 --init-generator first/generator.safetensors --init-fake-score first/fake_score.safetensors"

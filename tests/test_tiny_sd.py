@@ -42,7 +42,7 @@ def test_the_commands_make_a_folder_in_the_hubs_layout(tmp_path, data, monkeypat
 
 
 def test_the_scaling_factor_brings_latents_to_unit_variance(tmp_path, data):  # noqa: F811
-    config, run = run_of(tmp_path, "a", data, steps=30)
+    config, run = run_of(tmp_path, "a", data, steps=8)
     vae = tiny_sd.train_autoencoder(config, run)
     latents, pairs = tiny_sd.encode_twice(vae, *tiny_sd.mnist(str(data), train=True), "cpu")
     mean, logvar = latents.chunk(2, dim=1)

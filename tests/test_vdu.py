@@ -291,7 +291,7 @@ def test_natural_gradient_moves_weights_as_their_width_allows():
 
 def test_it_ends_when_the_error_has_grown_enough(tmp_path):
     """At the first step that reaches the factor, and a resumption neither misses the end nor goes beyond it."""
-    run, _, whole = run_of(tmp_path, "whole", gamma=0.0, steps=40)
+    run, _, whole = run_of(tmp_path, "whole", gamma=0.0, steps=12)
     factor = run.curves["growth"][9]
     assert factor > max(run.curves["growth"][:9])  # it grows all the way
     run, _, stopped = run_of(tmp_path, "stopped", gamma=0.0, steps=40, stop_at=factor)
@@ -589,7 +589,7 @@ def test_networks_of_the_hub_unlearn_at_their_size(size, layout, tmp_path, monke
     assert metrics["undesired_images"] == 3 and (tmp_path / "out/samples_after.png").is_file()
 
 
-def test_the_main_job_leaves_what_it_promises(tmp_path):
+def test_the_main_job_leaves_what_it_promises(tmp_path, few_calls):
     command = "vdu.py --forget 1 --data teacher --images 2 --steps 2 --batch-size 32 --eval-images 100 --out run"
     process = inside(command, tmp_path)
     assert process.returncode == 0, process.stderr
@@ -636,7 +636,7 @@ def test_bad_input_is_one_line_and_status_2(flags, says, tmp_path, monkeypatch, 
 # ---------------------------------------------------------------------------- features of a text-to-image model
 
 
-def test_a_feature_is_forgotten_from_a_folder_of_pictures(sd_folder, tmp_path):
+def test_a_feature_is_forgotten_from_a_folder_of_pictures(sd_folder, tmp_path, few_calls):
     """From pictures and a prompt: the U-Net moves, and D_f's error grows under that prompt."""
     sd = load_stable_diffusion(sd_folder)
     variance = {name: torch.full_like(p, 1e-4) for name, p in sd.unet.state_dict().items()}
@@ -682,7 +682,7 @@ def test_features_bad_input_gets_one_line(sd_folder, tmp_path, monkeypatch, word
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_without_a_classifier_the_tiny_model_is_unlearned_and_not_judged(tmp_path, monkeypatch):
+def test_without_a_classifier_the_tiny_model_is_unlearned_and_not_judged(tmp_path, monkeypatch, few_calls):
     monkeypatch.setattr(vdu, "guided_sampler", lambda *_: lambda z, c, noise=None: torch.zeros(len(z), 3, 32, 32))
     monkeypatch.setattr(vdu, "ConceptJudge", lambda: pytest.fail("nobody asked"))
     done = inside("vdu.py --preset tiny-sd --classifier none --steps 0 --images 2 --device cpu --out out", tmp_path)
@@ -717,7 +717,7 @@ def test_features_are_drawn_by_the_model_itself_where_nobody_brings_pictures():
     assert colours.tolist() == [0, 0, 0]  # red
 
 
-def test_the_pictures_are_before_and_after_from_the_same_noise(tmp_path, monkeypatch):
+def test_the_pictures_are_before_and_after_from_the_same_noise(tmp_path, monkeypatch, few_calls):
     shown, draw = {}, vdu.generate
     monkeypatch.setattr(vdu, "image_grid", lambda images, labels, path, *rest: shown.update({path.stem: images}))
     monkeypatch.setattr(vdu, "generate", lambda sample, n, *rest: draw(sample, 4, *rest))  # in place of a hundred
