@@ -196,10 +196,8 @@ class NaturalGradient(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         [group] = self.param_groups
-        for p in group["params"]:
-            mean = self.state[p].setdefault("mean", torch.zeros_like(p))
-            mean.lerp_(p.grad, 1 - group["momentum"])
-        means = [self.state[p]["mean"] for p in group["params"]]
+        means = [self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                 for p in group["params"]]
         length = sum((v * g.square()).sum() for g, v in zip(means, self.variance)).sqrt()  # | sigma* g |
         for p, g, v in zip(group["params"], means, self.variance):
             p -= group["lr"] * v * g / length.clamp(min=1e-30)
@@ -312,8 +310,7 @@ def read_posterior(words, unet):
     are of another network. words: a posterior's name or file, or several U-Nets', which then become the mean."""
     words = words.split(",")
     if len(words) > 1:
-        mean, variance = posterior([load_unet(word).state_dict() for word in words])
-        facts = {}
+        mean, variance, facts = *posterior([load_unet(word).state_dict() for word in words]), {}
     else:
         tensors, facts = read_tensors(words[0], "posterior")
         variance = {name: tensor.float() for name, tensor in tensors.items()}
@@ -437,8 +434,8 @@ def main(config):
         save_unet(unet, run.folder / "unlearned.safetensors", method="VDU", forget=forget,
                   teacher=config.teacher if teacher.path else None,  # None: a mean that no file holds
                   gamma=config.gamma, steps=run.step, seed=config.seed)
-        networks = {"before": teacher, "after": unet}
-        samplers = {name: unconditional_sampler(network, schedule, run.dtype) for name, network in networks.items()}
+        samplers = {name: unconditional_sampler(network, schedule, run.dtype)
+                    for name, network in (("before", teacher), ("after", unet))}
         for (name, sample), title in zip(samplers.items(), ("teacher", "VDU")):
             drawn, _ = generate(sample, 100, unet.image_shape, 0, run.device)  # from the same noise
             seen = judge(drawn)[1].argmax(1) if judge else None

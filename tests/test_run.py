@@ -318,6 +318,18 @@ raise {error or "SystemExit(0)"}
     assert ("Traceback" in process.stderr) == (status == 1)
 
 
+def test_a_result_that_could_not_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    housekeeping.check_out("")
+    housekeeping.check_out(tmp_path / "a.json")
+    (tmp_path / "b.json").mkdir()
+    for name, says in (("a.txt", "a .json file"), ("b.json", "a .json file"), ("nowhere/a.json", "no folder")):
+        with pytest.raises(ValueError, match=says):
+            housekeeping.check_out(tmp_path / name)
+    monkeypatch.setattr(os, "access", lambda path, mode: not (path == tmp_path and mode & os.W_OK))  # root may everything
+    with pytest.raises(ValueError, match="may not be written in"):
+        housekeeping.check_out(tmp_path / "a.json")
+
+
 def test_what_is_written_is_flushed_through_a_handle_that_may_write(tmp_path, monkeypatch):
     """Windows refuses any other."""
     flushed, fsync = [], os.fsync

@@ -251,6 +251,25 @@ def test_guidance_with_text_starts_from_the_embedding_of_nothing(told_by_text):
                                rtol=1e-4, atol=1e-5)
 
 
+def test_both_samplers_start_guidance_from_the_same_nothing(told_by_text):
+    """With as many steps as there are, DDIM at eta 1 is the ancestral sampler, whatever "nothing said" is."""
+    z, text, schedule = torch.randn(2, 4, 8, 8), torch.randn(2, 6, 12), VPSchedule.linear(T=20, beta_start=1e-3, beta_end=0.2)
+    words = {"guidance": 2.0, "x0_clip": False}
+    drawn = []
+    for nothing in torch.randn(2, 1, 6, 12):
+        noise = [indexed_noise(1, [0, 1]) for _ in range(2)]
+        drawn.append(ancestral_sample(told_by_text, schedule, z, text, noise=noise[0], null=nothing, **words))
+        ddim = ddim_sample(told_by_text, schedule, z, text, steps=20, eta=1.0, noise=noise[1], null=nothing, **words)
+        torch.testing.assert_close(drawn[-1], ddim, rtol=1e-2, atol=1e-2)
+    assert (drawn[0] - drawn[1]).abs().mean() > 0.05
+
+
+def test_a_file_without_a_card_is_read(tiny, tmp_path):
+    write_tensors(tmp_path / "a.safetensors", "U-Net", tiny.state_dict(), config=tiny.config)
+    unet = load_unet(tmp_path / "a.safetensors")
+    assert unet.card == {} and torch.equal(unet.conv_in.weight, tiny.conv_in.weight)
+
+
 def test_noise_depends_on_seed_and_index_alone():
     whole, part = indexed_noise(7, range(5)), indexed_noise(7, [3])
     first, second = whole((1, 4, 4)), whole((1, 4, 4))
