@@ -12,6 +12,7 @@ what is left of a concept, and of all others.
 
 import itertools
 import re
+import textwrap
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -151,9 +152,8 @@ class ConceptJudge:
     real pictures of each pair are known without one being at hand: those of MNIST's digits, and the colour itself.
     """
 
-    def __init__(self, classifier="mnist-classifier", statistics="mnist-statistics"):
-        self.classifier, (self.statistics, _) = load_classifier(classifier), load_statistics(statistics)
-        self.device = "cpu"
+    def __init__(self):
+        self.classifier, (self.statistics, _), self.device = load_classifier(), load_statistics(), "cpu"
 
     def to(self, device):
         self.device, self.classifier = device, self.classifier.to(device)
@@ -263,10 +263,12 @@ def prompt_grid(pictures, prompts, path, title, forget=()):
     """A picture: one row a prompt, those numbered in `forget` in red. pictures (P * n, C, H, W), prompt by prompt."""
     canvas = rearrange(pictures, "(p n) c h w -> (p h) (n w) c", p=len(prompts)).add(1).div(2).clamp(0, 1)
     height, n = pictures.shape[2], len(pictures) // len(prompts)
-    figure = matplotlib.figure.Figure(figsize=(2.6 + 0.45 * n, 0.6 + 0.45 * len(prompts)), layout="constrained")
+    inches = max(0.45, min(2.0, height / 120))  # of a picture; large ones are shown at 240 px
+    figure = matplotlib.figure.Figure(figsize=(2.6 + inches * n, 0.6 + inches * len(prompts)), layout="constrained")
     axes = figure.add_subplot(title=title, xticks=[])
-    axes.imshow(canvas, interpolation="nearest")
-    axes.set_yticks([height * (i + 0.5) for i in range(len(prompts))], prompts, fontsize=8)
+    axes.imshow(canvas, interpolation="nearest" if height < 100 else "antialiased")
+    axes.set_yticks([height * (i + 0.5) for i in range(len(prompts))], [textwrap.fill(p, 28) for p in prompts],
+                    fontsize=8, parse_math=False)  # a prompt may hold $
     for i, tick in enumerate(axes.get_yticklabels()):
         tick.set(color="crimson" if i in forget else "black", fontweight="bold" if i in forget else "normal")
     axes.tick_params(length=0)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torchvision.io import read_image
 
 from concepts import (
     COLOURS,
@@ -14,6 +15,7 @@ from concepts import (
     fill,
     next_of_its_kind,
     paint,
+    prompt_grid,
     read_colour,
     read_digit,
     read_prompts,
@@ -126,3 +128,19 @@ def test_real_moments_are_those_of_mnists_training_digits_in_each_colour():
     for i, (digit, colour) in enumerate(PAIRS):
         assert torch.equal(means[i], torch.cat([train[0][digit], ink[colour]]))
         assert torch.equal(covariances[i, :128, :128], train[1][digit])
+
+
+@pytest.mark.parametrize("side, n, least", [(32, 8, 50), (512, 2, 200)])
+def test_a_grid_shows_pictures_and_prompts_whatever_they_are(tmp_path, side, n, least):
+    """Captions with $, which matplotlib would take for formulas, and long ones; large pictures large enough to see."""
+    prompts = ['"$20 gift, was $30" {$10}', "a black and white photo of somebody whose name takes up a good deal of room"]
+    pictures = torch.full((2 * n, 3, side, side), -1.0)
+    pictures[:n, 0] = 1  # a row of red ones, then a row of blue ones
+    pictures[n:, 2] = 1
+    prompt_grid(pictures, prompts, tmp_path / "grid.png", "title", forget=[1])
+    image = read_image(str(tmp_path / "grid.png"))[:3]
+    for channel in (0, 2):
+        shown = (image[channel] > 200) & (image.sum(0) < 260)
+        rows, columns = shown.any(1).nonzero().flatten(), shown.any(0).nonzero().flatten()
+        assert rows[-1] - rows[0] >= least - 2 and columns[-1] - columns[0] >= n * (least - 2)
+    assert columns[0] > 100  # room for prompts
