@@ -18,13 +18,13 @@ def open_dataset(name, folder, **split):
     dataset = getattr(torchvision.datasets, name)
     try:
         return dataset(folder, **split, download=False)
-    except RuntimeError:  # torchvision's word for "not there"
+    except (RuntimeError, ValueError, AssertionError):  # torchvision's words for "not there", and for a damaged file
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # they would all write the same files
             raise OSError(f"{name} does not lie in {str(folder)!r}, and of several processes none downloads it: let a "
                           "single one do it first") from None
         try:
             return dataset(folder, **split, download=True)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ValueError, AssertionError) as error:
             raise OSError(f"{name} does not lie whole in {str(folder)!r} and could not be downloaded "
                           f"({error})") from None
 
@@ -69,8 +69,8 @@ def some_images(source, classes, shape, n=0, seed=0):
     """`n` images (0: all) of some classes from a folder that holds MNIST, CIFAR-10, tiny ImageNet or pictures:
     (N, C, H, W). classes None: a folder of pictures, whatever they show.
 
-    Of the other classes no image is taken, and where images are files, none is opened. Into "data", and into no other
-    folder, a data set may be downloaded. ValueError or OSError where none of `shape` can be had."""
+    Of the other classes no image is taken, and where images are files, none is opened. A data set is downloaded into
+    "data" alone, or where a part of it lies already. ValueError or OSError where none of `shape` can be had."""
     def some(count):  # which of `count` images
         if count == 0:
             raise ValueError(f"--data {source} holds no image of class {classes}")

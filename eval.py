@@ -318,7 +318,7 @@ def check_flags(config, unet, kind):
     on_inception = config.features == "inception"
     count = "--per-pair" if text else "--per-class" if classes else "--images"
     # a teacher whose numbers are not at hand
-    drawn = config.teacher or not on_inception and unet.card.get("teacher", "mnist") != "mnist"
+    drawn = (config.teacher or ("" if on_inception else unet.card.get("teacher", "mnist"))) not in ("", "mnist")
     for name, useless, instead in (
             ("per_class", count != "--per-class", count), ("images", count != "--images", count),
             ("per_pair", count != "--per-pair", count), ("inception", text or not on_inception, "--features inception"),

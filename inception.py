@@ -160,9 +160,6 @@ class Inception(nn.Module):
     def head(self, features):
         return features @ self.fc.weight.T
 
-    def forward(self, images):
-        return self.fc(self.features(images))
-
 
 def load_inception(source=""):
     """The network in evaluation mode, with `sha256` of its file. source: a file or a URL; "" is pytorch-fid's, which is

@@ -119,12 +119,8 @@ def precision_recall(real, generated, k=3):
 
     def share_inside(points, centres):
         radius = torch.cat([torch.cdist(rows, centres).kthvalue(k + 1, dim=1).values for rows in centres.split(1000)])
-        return (
-            torch.cat([(torch.cdist(rows, centres) <= radius).any(1) for rows in points.split(1000)])
-            .double()
-            .mean()
-            .item()
-        )
+        inside = torch.cat([(torch.cdist(rows, centres) <= radius).any(1) for rows in points.split(1000)])
+        return inside.double().mean().item()
 
     real, generated = real.double(), generated.double()
     return share_inside(generated, real), share_inside(real, generated)

@@ -309,7 +309,9 @@ def read_unet(part):
     config = read_json(part / "config.json")
     tensors, file = read_weights(part, "diffusion_pytorch_model")
     with about(f"{file}, with its config.json"):
-        return text_unet(tensors, config).eval()
+        unet = text_unet(tensors, config).eval()
+    unet.path = file
+    return unet
 
 
 def read_schedule(file):
@@ -353,11 +355,11 @@ def load_stable_diffusion(folder="tiny-sd"):
 
     ValueError or FileNotFoundError, one line that names the file, when a part is missing, damaged, or none that the
     code here can be."""
-    root = Path(folder) if Path(folder).is_dir() else WEIGHTS / folder
+    shipped = sorted(file.parent.name for file in WEIGHTS.glob("*/model_index.json"))
+    root = WEIGHTS / folder if str(folder) in shipped else Path(folder)  # what is in weights/ comes first, as anywhere
     if not root.is_dir():
-        shipped = ", ".join(sorted(file.parent.name for file in WEIGHTS.glob("*/model_index.json"))) or "none"
         raise FileNotFoundError(f"no folder {str(folder)!r}: give one as the hub serves it, or a shipped name "
-                                f"({shipped})")
+                                f"({', '.join(shipped) or 'none'})")
     schedule = read_schedule(root / "scheduler" / "scheduler_config.json")  # what is quickly read, and refused, first
     tokenizer = read_tokenizer(root / "tokenizer")
     text_encoder = read_network(TextEncoder, root / "text_encoder", "model", lambda config: TEXT_ENCODER,

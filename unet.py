@@ -404,11 +404,14 @@ def write_tensors(path, kind, tensors, **facts):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may be writing the same file
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, temporary, {"minunlearn": json.dumps({"kind": kind, **facts})})
-    os.chmod(temporary, 0o644)  # safetensors makes it the owner's alone
-    os.replace(temporary, path)
+    try:
+        save_file(tensors, temporary, {"minunlearn": json.dumps({"kind": kind, **facts})})
+        os.chmod(temporary, 0o644)  # safetensors makes it the owner's alone
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_tensors(source, kind):

@@ -52,7 +52,6 @@ Glossary. The labels stand on the lines that do them; (D1) to (D3) are in unet.p
 """
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -357,7 +356,6 @@ def main_of_sd(config):
         if config.sd == "tiny-sd":
             check_drawn(concept)
         sd = load_stable_diffusion(config.sd)
-        sd.unet.path = Path(config.sd)
         if config.posterior == "auto" and config.sd != "tiny-sd":
             raise ValueError("--posterior: name the variance of this model's weights; the one that ships is tiny-sd's")
         variance = read_posterior("tiny-sd/posterior" if config.posterior == "auto" else config.posterior, sd.unet)

@@ -412,6 +412,7 @@ def test_parse_classes_refuses(text):
     ("mnist-distilled --guidance 2", "--guidance changes nothing for mnist-distilled, sampled by one-step"),
     ("mnist-distilled --eta 1", "--eta changes nothing"),
     ("mnist-distilled --steps 5", "--steps changes nothing"),
+    ("mnist-distilled --teacher mnist --steps 5", "--steps changes nothing"),  # its numbers are at hand
     ("mnist --sampler ancestral --eta 1", "--eta changes nothing for mnist, sampled by ancestral"),
     ("mnist --sampler ancestral --steps 100", "--steps changes nothing"),
     ("mnist-unconditional --forget 1 --guidance 3", "--guidance changes nothing"),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import convert
@@ -555,3 +556,12 @@ def test_what_diffusers_writes_is_read(sd, saved, tmp_path):
     pipeline_of(saved).save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
     assert list(tmp_path.rglob("*.index.json"))  # in shards
     same(load_stable_diffusion(tmp_path / "theirs"), sd)
+
+
+def test_a_shipped_name_means_what_ships(sd_folder, tmp_path, monkeypatch):
+    """Also beside a folder of that name: its statistics and its posterior are the shipped ones, too."""
+    shutil.copytree(sd_folder, tmp_path / "tiny-sd")
+    monkeypatch.chdir(tmp_path)
+    shipped, local = load_stable_diffusion("tiny-sd").unet, load_stable_diffusion("./tiny-sd").unet
+    assert shipped.path.resolve() == ROOT / "weights/tiny-sd/unet/diffusion_pytorch_model.safetensors"
+    assert shipped.config["channels"] == 48 and local.config["channels"] == 8
