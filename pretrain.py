@@ -24,6 +24,7 @@ import copy
 import json
 import math
 import os
+import shlex
 from dataclasses import asdict, dataclass
 
 import torch
@@ -34,7 +35,20 @@ import mnist_statistics
 import tiny_sd
 from data import cifar10, mnist, stl10
 from features import Classifier, ResNet34
-from run import MAY_CHANGE, Run, checksum, commit, launcher, machine, option, parse, refuse, refusing, write_json
+from run import (
+    MAY_CHANGE,
+    Run,
+    checksum,
+    commit,
+    launcher,
+    machine,
+    option,
+    parse,
+    refuse,
+    refusing,
+    warm_up_and_down,
+    write_json,
+)
 from stable_diffusion import Autoencoder, load_stable_diffusion, save_stable_diffusion
 from teachers import load_teacher
 from unet import UNet, VPSchedule, load_unet, read_tensors, save_unet, write_tensors
@@ -55,6 +69,7 @@ TEACHERS = {  # what -> the configuration of its U-Net, and its images
 DATA = {"mnist": "MNIST", "tiny": "MNIST, painted in six colours", "cifar10": "CIFAR-10", "stl10": "STL-10"}
 ALONE = {"mnist-classifier", "cifar10-classifier", "stl10-classifier", "mnist-statistics", "tiny-sd-autoencoder",
          "tiny-sd", "tiny-sd-posterior"}  # what is made in one process
+POSTERIORS = ("mnist-posterior", "cifar10-posterior")  # of unconditional teachers
 BEGINNING = "runs/pretrain-mnist-unconditional/mnist-unconditional.safetensors"
 AUTOENCODER = "runs/pretrain-tiny-sd-autoencoder/tiny-sd-autoencoder.safetensors"
 PRESETS = {
@@ -86,8 +101,8 @@ class Config:
                            "classifiers", low=0, high=1)
     flip: float = option(0.0, "share of images that are mirrored; teachers", low=0, high=1)
     ema: float = option(0.999, "decay of the weight average that is kept; teachers, tiny-sd", low=0, high=1)
-    label_dropout: float = option(0.1, "share of labels or prompts replaced by 'none', for guidance; teachers, "
-                                  "tiny-sd and its posterior", low=0, high=1)
+    label_dropout: float = option(0.1, "share of labels or prompts replaced by 'none', for guidance; "
+                                  "class-conditional teachers, tiny-sd and its posterior", low=0, high=1)
     min_snr: float = option(5.0, "loss weight min(SNR, this) / SNR (Hang et al. 2023, 'Min-SNR'; 1e9: the plain loss); "
                            "teachers, and posteriors but for tiny-sd's", low=1e-3)
     init: str = option("", "what to start from: a teacher, by shipped name, file, URL or hub:ORG/NAME; tiny-sd: its "
@@ -102,7 +117,7 @@ class Config:
     amp: str = option("auto", "mixed precision; statistics score the class-conditional teacher in float32 all the same",
                       choices=["auto", "bf16", "fp16", "off"])
     compile: bool = option(False, "torch.compile the network: minutes at the start, then faster steps on a GPU; not "
-                           "for tiny-sd and its autoencoder")
+                           "for tiny-sd, its autoencoder, and statistics")
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
     seed: int = option(0, "seed of everything random", low=0, high=10**12)
     out: str = option("", "run folder, runs/pretrain-<what> if not given")
@@ -116,11 +131,12 @@ def make_card(run, path, **facts):
     settings = {k: v for k, v in run.settings.items() if k not in ("data", "out", "resume", "snapshots", "device")}
     usual = asdict(Config(run.config.what)) | PRESETS[run.config.what]
     changed = {k: v for k, v in settings.items() if v != usual[k] and k != "save_every"}
-    flags = [f"--{k.replace('_', '-')}" + f" {v}" * (v is not True) for k, v in changed.items()]
+    flags = [f"--{k.replace('_', '-')}" + f" {shlex.quote(str(v))}" * (v is not True) for k, v in changed.items()]
     return {"file": path.name, "sha256": checksum(path), "bytes": path.stat().st_size,
             "data": DATA.get(run.config.what.split("-")[0]),
             "command": " ".join([launcher(), "pretrain.py", run.config.what, *flags]), **facts,
-            "seconds": round(run.elapsed()), "machine": machine(run.device), "commit": commit(), "config": settings}
+            "seconds": round(run.elapsed()), "machine": machine(run.device),
+            "amp": str(run.dtype or torch.float32).removeprefix("torch."), "commit": commit(), "config": settings}
 
 
 def write_card(run, path, **facts):
@@ -130,12 +146,6 @@ def write_card(run, path, **facts):
 
 
 # ---------------------------------------------------------------------------- the teachers
-
-
-def warm_up_and_down(steps, down=0.4):
-    """Learning rate as a share of its peak: up over 500 steps or a tenth of all, constant, to 0 over the last part."""
-    warm = max(1, min(500, steps // 10))
-    return lambda step: min((step + 1) / warm, 1.0, (steps - step) / max(1, down * steps) if down else 1.0)
 
 
 def weighted_denoising_loss(network, x0, c, schedule, min_snr):
@@ -252,7 +262,7 @@ def go_on_apart(config, run, beginning, loss_of):
         if i == 0:
             unet.load_state_dict(beginning.state_dict())
             optimizer.state.clear()
-            torch.manual_seed((config.seed * K + k) * 1_000_003 + run.rank)
+            torch.manual_seed(((config.seed * K + k) * 1_000_003 + run.rank) % 2**63)
         for group in optimizer.param_groups:
             group["lr"] = config.lr * shape(i)
         loss = loss_of(network)
@@ -302,15 +312,16 @@ def crop_and_flip(images):
     return cropped.permute(0, 3, 1, 2)
 
 
-CLASSIFIERS = {  # what -> its images, the network, what is done to each image of a step
-    "mnist-classifier": (mnist, Classifier, jitter),
-    "cifar10-classifier": (cifar10, lambda: ResNet34(32), crop_and_flip),
-    "stl10-classifier": (stl10, lambda: ResNet34(64), crop_and_flip),
+CLASSIFIERS = {  # what -> its images, the network, what is done to each image of a step, and what the card calls it
+    "mnist-classifier": (mnist, Classifier, jitter,
+                         "MNIST classifier; its penultimate layer: the features of FID, precision and recall"),
+    "cifar10-classifier": (cifar10, lambda: ResNet34(32), crop_and_flip, "CIFAR-10 classifier, ResNet-34"),
+    "stl10-classifier": (stl10, lambda: ResNet34(64), crop_and_flip, "STL-10 classifier at 64 px, ResNet-34"),
 }
 
 
 def train_classifier(config, run):
-    dataset, network, augment = CLASSIFIERS[config.what]
+    dataset, network, augment, what = CLASSIFIERS[config.what]
     images, labels = (x.to(run.device) for x in dataset(config.data, train=True))
     classifier = run.prepare(network().to(run.device).train())
     if config.what == "mnist-classifier":
@@ -322,8 +333,9 @@ def train_classifier(config, run):
         lr = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
     for step in run.loop({"classifier": classifier, "optimizer": optimizer, "lr": lr}, label="classifier"):
         pick = torch.randint(len(images), (config.batch_size,), device=run.device)
+        x = augment(images[pick])  # not under autocast, which would round where pixels come from
         with run.autocast():
-            logits = classifier(augment(images[pick]))
+            logits = classifier(x)
         loss = F.cross_entropy(logits.float(), labels[pick], label_smoothing=smoothing)
         run.update("loss", loss, classifier, optimizer)
         lr.step()
@@ -337,18 +349,9 @@ def train_classifier(config, run):
     path = run.folder / f"{config.what}.safetensors"
     kind = type(classifier).__name__
     write_tensors(path, "classifier", classifier.state_dict(), network=kind, config=classifier.config)
-    write_card(
-        run,
-        path,
-        what={
-            "mnist-classifier": "MNIST classifier; its penultimate layer: the features of FID, precision and recall",
-            "cifar10-classifier": "CIFAR-10 classifier, ResNet-34",
-            "stl10-classifier": "STL-10 classifier at 64 px, ResNet-34",
-        }[config.what],
-        parameters=sum(p.numel() for p in classifier.parameters()),
-        steps=config.steps,
-        scores={"test_accuracy": (predictions == test_labels).double().mean().item(), "test_images": len(test_labels)},
-    )
+    scores = {"test_accuracy": (predictions == test_labels).double().mean().item(), "test_images": len(test_labels)}
+    write_card(run, path, what=what, parameters=sum(p.numel() for p in classifier.parameters()), steps=config.steps,
+               scores=scores)
 
 
 # ---------------------------------------------------------------------------- the statistics, and tiny-sd
@@ -370,11 +373,19 @@ def make_tiny_autoencoder(config, run):
                parameters=sum(p.numel() for p in vae.parameters()), curves={k: v[-1] for k, v in run.curves.items()})
 
 
+def read_autoencoder(source):
+    """The autoencoder that `make_tiny_autoencoder` left. Errors as in `load_unet`."""
+    tensors, facts = read_tensors(source, "autoencoder")
+    try:
+        vae = Autoencoder(**facts["config"])
+        vae.load_state_dict(tensors)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{source} does not hold the autoencoder that it says: {str(error).splitlines()[0]}") from None
+    return vae
+
+
 def make_tiny_sd(config, run):
-    tensors, facts = read_tensors(config.init, "autoencoder")
-    vae = Autoencoder(**facts["config"])
-    vae.load_state_dict(tensors)
-    sd, folder = tiny_sd.train(config, run, vae), run.folder / "tiny-sd"
+    sd, folder = tiny_sd.train(config, run, read_autoencoder(config.init)), run.folder / "tiny-sd"
     save_stable_diffusion(sd, folder, torch.float16)
     sd = load_stable_diffusion(folder).to(run.device)  # as it ships, in half precision
     scores = tiny_sd.score(sd, run, folder / "statistics.safetensors", config.per_pair, config.seed)
@@ -395,17 +406,37 @@ def make_tiny_posterior(config, run):
     sd.text_encoder.requires_grad_(False)
     _, variance, facts = go_on_apart(config, run, sd.unet, lambda unet: loss_of(sd.text_encoder, unet))
     write_variance(run, run.folder / "posterior.safetensors", variance, "tiny-sd's U-Net is where they began",
-                   torch.bfloat16, **facts)  # bfloat16: variances are far below float16's range
+                   torch.bfloat16, mean_sha256=checksum(sd.unet.path), **facts)  # variances are below float16's range
 
 
 # ---------------------------------------------------------------------------- main
 
 
+def check_flags(config):
+    """ValueError for a flag that was given and would change nothing: the card would name it."""
+    what = config.what
+    teacher, classifier, statistics = what in TEACHERS, what in CLASSIFIERS, what == "mnist-statistics"
+    posterior, tiny = what.endswith("-posterior"), what.startswith("tiny-sd")
+    begins, usual = teacher or what in POSTERIORS, asdict(Config(what)) | PRESETS[what]
+    useful = {
+        "steps": not statistics, "batch_size": not statistics, "lr": not statistics,
+        "lr_down": not statistics and not classifier, "flip": teacher, "ema": teacher or what == "tiny-sd",
+        "label_dropout": "num_classes" in TEACHERS[what][0] if teacher else what in ("tiny-sd", "tiny-sd-posterior"),
+        "min_snr": begins, "init": begins or what == "tiny-sd", "checkpoints": posterior, "per_class": statistics,
+        "images": statistics, "per_pair": what == "tiny-sd", "snapshot_every": teacher, "snapshots": statistics,
+        "compile": not statistics and (posterior or not tiny)}
+    for name, changes_something in useful.items():
+        if not changes_something and getattr(config, name) != usual[name]:
+            raise ValueError(f"--{name.replace('_', '-')} changes nothing for {what}; leave it out")
+
+
 def check_beginning(config):
     """ValueError or OSError if what the run begins with, or is to score, is not there or does not fit."""
+    if config.what in POSTERIORS and not config.init:
+        raise ValueError(f"--init: name the network that those of {config.what} share as their beginning")
     if config.what == "tiny-sd":
-        read_tensors(config.init, "autoencoder")
-    elif config.what in TEACHERS or config.what in ("mnist-posterior", "cifar10-posterior"):
+        read_autoencoder(config.init)
+    elif config.what in TEACHERS or config.what in POSTERIORS:
         start(config)
     for name in filter(None, config.snapshots.split(",")):
         unet = load_unet(name)
@@ -418,6 +449,8 @@ def main(config):
         refuse(f"{config.what} is made in one process; run it without torchrun")
     if config.what.endswith("-posterior") and (config.steps == 0 or config.steps % config.checkpoints):
         refuse(f"--steps {config.steps}: --checkpoints {config.checkpoints} networks share them; give a multiple")
+    with refusing():
+        check_flags(config)
     with refusing("--data: "):  # before anything is written
         what = config.what.removesuffix("-posterior").removesuffix("-classifier")
         TEACHERS.get(what, TEACHERS["mnist"])[1](config.data)
@@ -429,7 +462,7 @@ def main(config):
     run = Run(config, f"runs/pretrain-{config.what}", may_change=MAY_CHANGE - {"steps"} if fixed else MAY_CHANGE)
     make = {
         **dict.fromkeys(TEACHERS, train_teacher),
-        **dict.fromkeys(("mnist-posterior", "cifar10-posterior"), train_posterior),
+        **dict.fromkeys(POSTERIORS, train_posterior),
         **dict.fromkeys(CLASSIFIERS, train_classifier),
         "tiny-sd-autoencoder": make_tiny_autoencoder,
         "tiny-sd": make_tiny_sd,

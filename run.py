@@ -245,6 +245,13 @@ def linear_decay(optimizer, end, steps):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - (1 - end) * min(1, step / max(1, steps)))
 
 
+def warm_up_and_down(steps, down, warm=None):
+    """Step -> learning rate as a share of its peak: up over `warm` steps (if not given 500, or a tenth of all),
+    constant, to 0 over the share `down` of all steps, the last ones."""
+    warm = warm or max(1, min(500, steps // 10))
+    return lambda step: min((step + 1) / warm, 1.0, (steps - step) / max(1, down * steps) if down else 1.0)
+
+
 class Run:
     """One run: where it writes, what it computes on, how far it is.
 

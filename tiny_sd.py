@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from concepts import PAIRS, TEMPLATES, ConceptJudge, draw_concepts, every_prompt, paint
 from data import mnist
 from metrics import frechet_distance, moments, pool
+from run import warm_up_and_down
 from samples import guided_sampler
 from stable_diffusion import Autoencoder, StableDiffusion
 from text import TextEncoder, word_tokenizer
@@ -27,18 +28,12 @@ MAX_LENGTH = 16  # tokens of a prompt, begin and end included
 KL_WEIGHT = 1e-3  # of the latents' Gaussian against the standard one, beside the error of the pixels
 
 
-def rate(optimizer, steps, down):
-    """Learning rate: up over 200 steps, constant, to 0 over the last `down` of all steps."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        (step + 1) / 200, 1.0, (steps - step) / max(1, down * steps) if down else 1.0))
-
-
 def train_autoencoder(config, run):
     """The autoencoder, on MNIST's digits in random colours; its scaling factor brings the latents to unit variance."""
     digits = mnist(config.data, train=True)[0].to(run.device)
     vae = Autoencoder(**AUTOENCODER | {"scaling_factor": 1.0}).to(run.device)
     optimizer = torch.optim.Adam(vae.parameters(), lr=config.lr)
-    lr = rate(optimizer, config.steps, config.lr_down)
+    lr = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_and_down(config.steps, config.lr_down, 200))
 
     def pictures(n):
         pick, colours = (torch.randint(count, (n,), device=run.device) for count in (len(digits), 6))
@@ -109,7 +104,7 @@ def train(config, run, vae):
     schedule, vae = VPSchedule.scaled_linear().to(run.device), vae.to(run.device).eval()
     ema = AveragedModel(networks, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     optimizer = torch.optim.Adam(networks.parameters(), lr=config.lr, betas=(0.9, 0.99))
-    lr = rate(optimizer, config.steps, config.lr_down)
+    lr = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_and_down(config.steps, config.lr_down, 200))
     loss_of = latent_loss(config, run, vae, tokenizer, schedule)
 
     for step in run.loop({"networks": networks, "ema": ema, "optimizer": optimizer, "lr": lr}, label="tiny-sd"):

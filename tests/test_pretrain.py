@@ -13,7 +13,7 @@ from data import mnist, stl10
 from features import load_classifier, load_statistics, look
 from pretrain import jitter, warm_up_and_down, without_classes
 from run import Run, checksum, parse
-from unet import UNet, VPSchedule, load_unet, save_unet
+from unet import UNet, VPSchedule, load_unet, save_unet, write_tensors
 from vdu import read_posterior
 
 
@@ -237,24 +237,65 @@ def test_the_cards_of_the_tiny_model_tell_the_truth(card, weights):
 
 
 def test_a_card_names_the_flags_that_made_it(tmp_path):
-    config = pretrain.Config(**{"what": "mnist"} | pretrain.PRESETS["mnist"] | {"steps": 7, "compile": True, "out": str(tmp_path / "run"), "device": "cpu"})
+    config = pretrain.Config(**{"what": "mnist"} | pretrain.PRESETS["mnist"] | {"steps": 7, "compile": True, "init": "my teacher", "out": str(tmp_path / "run"), "device": "cpu", "amp": "bf16"})
     (tmp_path / "x").write_bytes(b"1")
     card = pretrain.make_card(Run(config, ""), tmp_path / "x")
-    assert card["command"] == "python pretrain.py mnist --steps 7 --compile" and card["data"] == "MNIST"
+    assert card["command"] == "python pretrain.py mnist --steps 7 --init 'my teacher' --amp bf16 --compile"
+    assert card["data"] == "MNIST" and card["amp"] == "bfloat16"
 
 
 @pytest.mark.parametrize("words, processes, message", [
     ("mnist-classifier", 2, "is made in one process"),
     ("mnist-posterior --steps 3", 1, "--steps 3: --checkpoints 5 networks share them"),
     ("--steps -1 mnist-classifier", 1, "must be at least 0"),  # flags may come first
+    *((f"{what} {flags}", 1, f"{flags.split()[0]} changes nothing for {what}; leave it out") for what, flags in [
+        ("mnist-classifier", "--init mnist"), ("mnist-classifier", "--lr-down 0.1"), ("mnist-statistics", "--steps 5"),
+        ("mnist-unconditional", "--label-dropout 0.5"), ("mnist-posterior", "--flip 0.5"), ("tiny-sd", "--compile"),
+        ("tiny-sd-posterior", "--init mnist"), ("tiny-sd-autoencoder", "--ema 0.9"), ("mnist", "--snapshots mnist"),
+        ("mnist", "--checkpoints 3"), ("cifar10", "--per-pair 3"), ("tiny-sd", "--min-snr 9")]),
 ])
-def test_what_cannot_be_made_so_is_refused_before_anything_is_read(words, processes, message, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_made_so_or_changes_nothing_is_refused_before_anything_is_read(words, processes, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     with pytest.raises(SystemExit) as leaving:
         pretrain.main(parse(pretrain.Config, "", pretrain.PRESETS, [*words.split(), "--data", str(tmp_path)]))
     said = capsys.readouterr().err
     assert leaving.value.code == 2 and message in said and len(said.strip().splitlines()) == 1
     assert not any(tmp_path.iterdir())
+
+
+def test_a_posteriors_networks_share_a_beginning_and_large_seeds_are_seeds(tmp_path, data):
+    asked = inside(f"pretrain.py mnist-posterior --init '' --data {data} --out out", tmp_path)
+    assert asked.returncode == 2 and "--init: name the network" in asked.stderr and not (tmp_path / "out").exists()
+    save_unet(random_unet(num_classes=None), tmp_path / "small.safetensors")
+    done = inside(f"pretrain.py mnist-posterior --init small.safetensors --data {data} --seed 1000000000000 --checkpoints 20 "
+                  "--steps 20 --batch-size 2 --out out", tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_images_are_moved_in_full_precision(tmp_path, data, monkeypatch):
+    """Under autocast to bfloat16 the grid of places would be rounded to a tenth of a pixel."""
+    seen = []
+    spy = lambda images: seen.append(torch.is_autocast_enabled("cpu")) or jitter(images)
+    monkeypatch.setitem(pretrain.CLASSIFIERS, "mnist-classifier", (*pretrain.CLASSIFIERS["mnist-classifier"][:2], spy, "test"))
+    done = inside(f"pretrain.py mnist-classifier --data {data} --steps 1 --batch-size 2 --amp bf16 --out out", tmp_path)
+    assert done.returncode == 0 and seen == [False], done.stderr
+
+
+def test_a_file_that_is_no_autoencoder_is_refused_before_anything_is_written(tmp_path, data):
+    for name, facts in (("other", {"config": {"sample_size": 32}}), ("bare", {})):
+        write_tensors(tmp_path / f"{name}.safetensors", "autoencoder", {"x": torch.zeros(1)}, **facts)
+        refused = inside(f"pretrain.py tiny-sd --init {name}.safetensors --data {data} --out out", tmp_path)
+        assert refused.returncode == 2 and "does not hold the autoencoder that it says" in refused.stderr
+        assert refused.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_damaged_data_set_is_one_line(data):
+    path = data / "MNIST/raw/train-images-idx3-ubyte"
+    whole = path.read_bytes()
+    for length in (0, 3, 10, 500):
+        path.write_bytes(whole[:length])
+        with pytest.raises(OSError, match="does not lie whole"):
+            mnist(str(data), train=True)
 
 
 def test_shipped_weights_are_small_and_good_enough():

@@ -13,10 +13,11 @@ import pretrain
 import tiny_sd
 from concepts import PAIRS, every_prompt
 from eval import load_concept_statistics
-from run import Run
+from run import Run, checksum
 from samples import guided_sampler
 from stable_diffusion import load_stable_diffusion
 from unet import read_tensors
+from vdu import read_posterior
 
 
 def run_of(tmp_path, name, data, **words):  # noqa: F811
@@ -136,3 +137,17 @@ def test_each_latent_is_trained_under_a_prompt_of_its_pair_or_none(tmp_path, dat
     asked = (text[:, None] == prompts[digit * 6 + colour]).all(2).any(1)
     assert (none ^ asked).all() and 0.07 < none.float().mean() < 0.13
     assert abs(loss.item() - 1) < 0.2  # of no prediction at all: the noise's own square
+
+
+def test_the_posterior_belongs_to_the_shipped_unet_and_no_other(tmp_path, data):  # noqa: F811
+    done = inside(f"pretrain.py tiny-sd-posterior --data {data} --steps 2 --checkpoints 2 --batch-size 4 --out out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    unet, file = load_stable_diffusion("tiny-sd").unet, tmp_path / "out/posterior.safetensors"
+    variance = read_posterior(str(file), unet)
+    assert all((v >= 0).all() for v in variance.values()) and any(v.any() for v in variance.values())
+    card = json.loads(file.with_suffix(".json").read_text())
+    assert card["mean_sha256"] == checksum(unet.path) and card["sha256"] == checksum(file)
+    unet.path = tmp_path / "another.safetensors"
+    unet.path.write_bytes(b"other weights")
+    with pytest.raises(ValueError, match="belongs to other weights"):
+        read_posterior(str(file), unet)
