@@ -287,7 +287,8 @@ def main(config):
             raise ValueError(f"--t-min {config.t_min} must be below --t-max {config.t_max}")
         judge = None if config.classifier == "none" else Judge(teacher, config.classifier)
     forget = classes[1].tolist()
-    run = Run(config, f"runs/ddpm_sfd-{config.preset}-forget{'-'.join(map(str, forget)) or 'none'}")
+    folder = f"runs/ddpm_sfd-{config.preset}-forget{'-'.join(map(str, forget)) or 'none'}"
+    run = Run(config, folder, loss_scale=16.0)  # low for fp16, as the losses are sums over pixels
     teacher, schedule = teacher.to(run.device), VPSchedule.linear().to(run.device)
     generator, fake_score, judge = (x and x.to(run.device) for x in (generator, fake_score, judge))
 

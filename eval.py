@@ -29,7 +29,8 @@ and of a network that is not asked for a class:
 On MNIST, features are the 128 of the classifier's penultimate layer, so the distances compare with nobody's Inception
 FID, only with each other: each report has the teacher's own and that of real test images (the floor) beside it. In fid
 all classes weigh the same. In u_fid real images have MNIST's own proportions, and generated ones those that were drawn;
-in precision and recall real ones have MNIST's. All images are rounded to 8 bits before the classifier sees them.
+in precision and recall real ones have MNIST's. All images are rounded to 8 bits before the classifier sees them. On a
+GPU float32 has TF32 inside convolutions.
 
 --features inception is for CIFAR-10 and STL-10: the 2,048 of the FID Inception (inception.py), 5,000 images a class,
 the training images of the retained classes as reference, taken from --data once and kept there in a file. Accuracies
@@ -298,7 +299,7 @@ class Config:
     inception: str = option("", "the FID Inception's weights, a file or a URL; if not given they are fetched once")
     classifier: str = option("auto", "shipped name or file; auto: mnist-classifier, with Inception none")
     statistics: str = option("mnist-statistics", "shipped name or file")
-    batch_size: int = option(250, "images at a time; changes no number", low=1)
+    batch_size: int = option(250, "images at a time; changes no number but for rounding", low=1)
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
     seed: int = option(0, "seed of the noise", low=0, high=10**12)
     out: str = option("", "JSON file to write the numbers to")

@@ -17,6 +17,7 @@ file reads well without opening this one. What it calls:
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import json
 import math
@@ -256,15 +257,16 @@ class Run:
     """One run: where it writes, what it computes on, how far it is.
 
     config needs the fields device, amp, seed, out, resume, steps and save_every. Under torchrun every process makes a
-    Run; `rank` 0 alone writes. Leaves with status 2 when the folder is not this run's to write in.
+    Run; `rank` 0 alone writes. Leaves with status 2 when the folder is not this run's to write in. loss_scale: what
+    fp16 multiplies the loss by at first; it halves at each overflow, and that step is lost.
     """
 
-    def __init__(self, config, folder, may_change=MAY_CHANGE):
+    def __init__(self, config, folder, may_change=MAY_CHANGE, loss_scale=2.0**16):
         self.clock = time.perf_counter()
         self.config, self.folder, self.may_change = config, Path(config.out or folder), may_change
         self.device = choose_device(config.device)
         self.dtype = choose_amp(config.amp, self.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(self.device.type, loss_scale, enabled=self.dtype == torch.float16)
         self.fused = True if self.device.type == "cuda" else None  # for Adam; None: as torch likes it
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.curves, self.seconds, self.bar, self.hook = {}, 0.0, None, sys.excepthook
@@ -280,7 +282,8 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            hour = datetime.timedelta(hours=1)  # for process 0 to write a large checkpoint while the others wait
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=hour)
         torch.manual_seed(config.seed * 1_000_003 + self.rank)
 
     # -- folder
@@ -319,6 +322,8 @@ class Run:
             (self.folder / "metrics.json").unlink(missing_ok=True)  # it is there when a run is done, and only then
             if not self.config.resume:
                 (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+            for half in self.folder.glob("*.tmp"):  # left by a run that was killed while it wrote
+                half.unlink()
             write_json(self.folder / "config.json", self.settings)
 
     # -- precision and processes
@@ -345,7 +350,8 @@ class Run:
         """The network as it is trained: under torchrun, one that averages its gradients over the processes."""
         if self.world == 1:
             return network
-        return DistributedDataParallel(network, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        return DistributedDataParallel(network, device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                                       gradient_as_bucket_view=True)  # one copy of the gradients, not two
 
     def update(self, name, losses, network, optimizer, clip_value=None):
         """One optimizer step down a loss, or down the sum of several, each computed when its turn has come (parts of a
@@ -357,10 +363,10 @@ class Run:
             total = total + loss.detach()
         self.scaler.unscale_(optimizer)
         gradients = [p.grad for p in network.parameters() if p.grad is not None]
-        finite = torch.stack([total, *torch._foreach_norm(gradients)]).isfinite()
-        if not finite[0]:
+        loss_is_finite, *finite = torch.stack([total, *torch._foreach_norm(gradients)]).isfinite().tolist()
+        if not loss_is_finite:
             self.stop(name)
-        if not finite.all() and (not self.scaler.is_enabled() or self.scaler.get_scale() < 1):  # no mere overflow
+        if not all(finite) and (not self.scaler.is_enabled() or self.scaler.get_scale() < 2**-10):  # no mere overflow
             self.stop(f"the gradient of {name}")
         if clip_value:
             torch.nn.utils.clip_grad_value_(network.parameters(), clip_value)
@@ -473,10 +479,13 @@ class Run:
             refuse(f"--resume: {path} is not a whole checkpoint of this run ({reason})")
         if len(saved["random"]) != self.world:
             refuse(f"--resume: {path} is of {len(saved['random'])} process(es); go on with as many, not {self.world}")
-        if scaler:  # empty but for fp16, and a run may go on on another device
+        device = "cpu" if random["cuda"] is None else "cuda"
+        if device != self.device.type:  # Adam's state has the kind and the layout of where it was
+            refuse(f"--resume: {path} was written with --device {device}; go on there, not with {self.device.type}")
+        if scaler:  # empty but for fp16
             self.scaler.load_state_dict(scaler)
         torch.set_rng_state(random["cpu"])
-        if random["cuda"] is not None and self.device.type == "cuda":
+        if device == "cuda":
             torch.cuda.set_rng_state(random["cuda"])
         return step
 

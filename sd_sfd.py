@@ -281,10 +281,10 @@ def train(config, run, teacher, schedule, prompts, look=None, generator=None, fa
 
     def draw():
         """Prompts and noise of one part of a batch, retained ones first."""
-        keep = torch.randint(len(retained), (n_retained,), device=run.device)
-        pick = torch.randint(max(1, len(forget)), (n_forgotten,), device=run.device)
-        c = torch.cat([retained[keep], forget[pick]])
-        c_teacher = torch.cat([retained[keep], safe[pick]])
+        keep = torch.randint(len(retained), (n_retained,))
+        pick = torch.randint(max(1, len(forget)), (n_forgotten,))
+        c = torch.cat([retained[keep], forget[pick]]).to(run.device)
+        c_teacher = torch.cat([retained[keep], safe[pick]]).to(run.device)
         return c, c_teacher, torch.randn(len(c), *teacher.image_shape, device=run.device)
 
     def draw_t_and_noise(x):
@@ -352,13 +352,15 @@ def main(config):
             raise ValueError("--weights bf16 needs --amp bf16")
         judge = ConceptJudge() if tiny else None
     concept = config.forget.replace(",", " ").strip()
-    run = Run(config, f"runs/sd_sfd-{config.preset}-forget-{concept.replace(' ', '-')}")
+    folder = f"runs/sd_sfd-{config.preset}-forget-{concept.replace(' ', '-')}"
+    run = Run(config, folder, loss_scale=16.0)  # low for fp16, as the losses are sums over pixels
     sd, teacher, schedule = sd.to(run.device), sd.unet, sd.schedule
     with torch.no_grad():  # once for all: the text encoder is not needed again
         nothing, negative = sd.embed([""]), sd.embed([negative])
 
-        def embed(texts):  # a long list part by part
-            return torch.cat([nothing[:0], *(sd.embed(texts[i:i + 256]) for i in range(0, len(texts), 256))])
+        def embed(texts):  # a long list part by part, and not on the GPU: ten thousand texts are 2.4 GB
+            parts = (sd.embed(texts[i:i + 256]) for i in range(0, len(texts), 256))
+            return torch.cat([part.cpu() for part in (nothing[:0], *parts)])
 
         prompts = (embed(retained), embed(forget), embed(safe), negative, nothing)
     if config.weights == "bf16":

@@ -345,7 +345,7 @@ def ddim_sample(unet, schedule, z, c=None, steps=50, eta=0.0, guidance=1.0, x0_c
     """
     if not 1 <= steps <= schedule.T:
         raise ValueError(f"steps must be 1..{schedule.T}, not {steps}")
-    noise = noise or (lambda shape: torch.randn(len(z), *shape))
+    noise = noise or (lambda shape: torch.randn(len(z), *shape, device=z.device))
     times = [i * schedule.T // steps for i in range(steps)]  # 0, T / steps, .. (steps - 1) T / steps
     x = z
     for i in reversed(range(steps)):
@@ -370,7 +370,7 @@ def ancestral_sample(unet, schedule, z, c=None, guidance=1.0, x0_clip=True, nois
 
     Arguments and result as in `ddim_sample`. The variance is the posterior's ("fixed small").
     """
-    noise = noise or (lambda shape: torch.randn(len(z), *shape))
+    noise = noise or (lambda shape: torch.randn(len(z), *shape, device=z.device))
     x = z
     for i in reversed(range(schedule.T)):
         t = torch.full((len(z),), i, device=z.device)

@@ -46,7 +46,9 @@ def main():
         for name, (sample, _) in samplers.items():
             N = BATCHES[name] * args.batch_size
             c = labels[:N] if teacher.num_classes else N
-            seconds[name].append(generate(sample, c, teacher.image_shape, seed, device, args.batch_size, bar=name)[1])
+            # noise of the sampler's own, on the device: what `generate` hands on is drawn image by image on the CPU
+            draw = lambda z, c, _, sample=sample: sample(z, c, None)
+            seconds[name].append(generate(draw, c, teacher.image_shape, seed, device, args.batch_size, bar=name)[1])
     rows = {}
     for name, (_, calls) in samplers.items():
         images, times = BATCHES[name] * args.batch_size, seconds[name][1:]

@@ -9,6 +9,7 @@ import pickle
 import platform
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 
@@ -372,6 +373,15 @@ def test_update_clips_each_gradient_entry(tmp_path, scale):
     torch.testing.assert_close(before - net.weight.data, torch.tensor([[0.25, -1.0]]))
 
 
+@pytest.mark.parametrize("command, scale", [("ddpm_sfd.py --forget 0", 16), ("sd_sfd.py --forget three", 16), ("vdu.py --data teacher --images 2", 2**16)])
+def test_fp16_begins_with_a_scale_that_fits_the_loss(tmp_path, monkeypatch, few_calls, command, scale):
+    """SFD's losses are sums over pixels, VDU's a mean."""
+    scales, module = [], importlib.import_module(command.split(".")[0])
+    monkeypatch.setattr(housekeeping, "choose_amp", lambda *_: torch.float16)
+    monkeypatch.setattr(module, "train", lambda config, run, *_: sys.exit(scales.append(run.scaler.get_scale())))
+    assert inside(f"{command} --out run", tmp_path).returncode is None and scales == [scale]
+
+
 class Root(torch.autograd.Function):
     """A finite value whose gradient is not."""
 
@@ -398,7 +408,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_the_step(tmp
     assert torch.equal(before, net.weight.data)
 
 
-@pytest.mark.parametrize("scale, stops", [(65536.0, False), (0.5, True)])
+@pytest.mark.parametrize("scale, stops", [(65536.0, False), (0.5, False), (2.0**-11, True)])
 def test_with_fp16_an_overflow_is_skipped_but_a_gradient_that_is_never_finite_stops_the_run(tmp_path, scale, stops):
     run = Run(Config(out=str(tmp_path / "run")), "")
     run.scaler = torch.amp.GradScaler("cpu", init_scale=scale)  # which halves its scale at each overflow
@@ -428,6 +438,28 @@ def test_a_checkpoint_of_other_processes_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as leaving:
         list(Run(Config(out=config.out, resume=True), "").loop({"net": torch.nn.Linear(2, 2)}))
     assert leaving.value.code == 2 and "is of 2 process(es); go on with as many, not 1" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_device_is_refused(tmp_path, capsys):
+    """There Adam's state has another kind and another layout; taken over as it is it would be wrong, without a word."""
+    config = Config(out=str(tmp_path / "run"))
+    list(Run(config, "").loop({"net": torch.nn.Linear(2, 2)}))
+    path = tmp_path / "run/checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["random"][0]["cuda"] = torch.zeros(16, dtype=torch.uint8)
+    torch.save(saved, path)
+    before = path.read_bytes()
+    with pytest.raises(SystemExit) as leaving:
+        list(Run(Config(out=config.out, resume=True), "").loop({"net": torch.nn.Linear(2, 2)}))
+    assert leaving.value.code == 2 and "was written with --device cuda; go on there, not with cpu" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_what_a_killed_run_left_half_written_goes_when_the_folder_is_used_again(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/abc.tmp").write_bytes(b"half a checkpoint")
+    Run(Config(out=str(tmp_path / "run")), "")
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json"}
 
 
 def test_the_command_is_what_starts_the_run_again(monkeypatch):
