@@ -16,7 +16,7 @@ import metrics
 from concepts import PAIRS
 from features import Judge, load_classifier
 from run import checksum
-from samples import balanced_labels, generate, image_grid, sampler_of
+from samples import balanced_labels, generate, guided_sampler, image_grid, sampler_of, unconditional_sampler
 from stable_diffusion import load_stable_diffusion
 from unet import (
     VPSchedule,
@@ -542,3 +542,20 @@ def test_the_command_samples_the_tiny_model_with_guidance_in_its_latents(tmp_pat
     _, _, _, _, steps, eta, guidance, x0_clip, _, null = seen[0]
     assert (steps, eta, guidance, x0_clip) == (7, 0.0, 4.5, False) and torch.equal(null, sd.embed([""]))
     assert json.loads(out.read_text())["nfe"] == 14
+
+
+def test_the_samplers_behind_published_numbers_take_the_steps_that_they_say():
+    """20 calls for PUL and u-FID; 50 guided ones, each of both texts at once, for the tiny model's teacher."""
+    schedule, seen = VPSchedule.linear(), []
+
+    def network(x, t, c=None):
+        seen.append((len(x), t[0].item()))
+        return torch.zeros_like(x)
+
+    network.null_label = None
+    unconditional_sampler(network, schedule)(torch.randn(3, 1, 4, 4))
+    assert [n for n, _ in seen] == [3] * 20 and seen[0][1] == 950 and seen[-1][1] == 0
+    seen.clear()
+    sd = types.SimpleNamespace(schedule=schedule, embed=lambda texts: torch.zeros(1, 2, 3), vae=types.SimpleNamespace(decode=lambda x: x))
+    guided_sampler(sd, network)(torch.randn(3, 4, 4, 4), torch.ones(3, 2, 3))
+    assert [n for n, _ in seen] == [6] * 50 and seen[0][1] == 980 and seen[-1][1] == 0
