@@ -310,14 +310,14 @@ def test_the_resnet_command_learns(tmp_path, monkeypatch):
     colours = torch.stack([labels % 3 - 1, labels // 3 % 3 - 1, labels // 9 * 2 - 1], 1).float()
     images = colours[:, :, None, None].expand(20, 3, 8, 8)
     monkeypatch.setitem(pretrain.CLASSIFIERS, "cifar10-classifier",
-                        (lambda folder, train: (images, labels), lambda: ResNet34(8), pretrain.crop_and_flip))
+                        (lambda folder, train: (images, labels), lambda: ResNet34(8), pretrain.crop_and_flip, "ten colours"))
     words = f"cifar10-classifier --steps 30 --batch-size 20 --lr 0.02 --amp off --out {tmp_path}/run".split()
     config = pretrain.parse(pretrain.Config, "", pretrain.PRESETS, words)
     run = Run(config, "")
     pretrain.train_classifier(config, run)
     run.finish({})
     card = json.loads((tmp_path / "run/cifar10-classifier.json").read_text())
-    assert card["scores"]["test_accuracy"] > 0.5 and card["data"] == "CIFAR-10"  # chance is 0.1
+    assert card["scores"]["test_accuracy"] > 0.5 and card["data"] == "CIFAR-10" and card["what"] == "ten colours"  # chance is 0.1
     assert run.state["optimizer"].param_groups[0]["lr"] == pytest.approx(0, abs=1e-6)  # down a cosine
     classifier = load_classifier(tmp_path / "run/cifar10-classifier.safetensors")
     with torch.no_grad():
