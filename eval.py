@@ -60,19 +60,8 @@ from metrics import (  # noqa: F401 (the same)
     report,
     unlearning_accuracy,
 )
-from run import (
-    check_out,
-    checksum,
-    choose_amp,
-    choose_device,
-    command,
-    commit,
-    machine,
-    option,
-    parse,
-    refusing,
-    write_json,
-)
+from record import check_out, checksum, command, commit, machine, write_json
+from run import choose_amp, choose_device, option, parse, refusing
 from samples import balanced_labels, generate, sampler_of, unconditional_sampler
 from stable_diffusion import load_stable_diffusion
 from teachers import load_teacher

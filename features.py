@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from run import checksum
+from record import checksum
 from unet import read_tensors, weights_path
 
 # ---------------------------------------------------------------------------- classifiers

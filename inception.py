@@ -33,7 +33,7 @@ from metrics import (
     precision_recall,
     report,
 )
-from run import checksum
+from record import checksum
 from samples import balanced_labels, generate
 from unet import read_tensors, write_tensors
 

@@ -19,7 +19,7 @@ from metrics import (
     pool,
     precision_recall,
 )
-from run import checksum
+from record import checksum
 from samples import balanced_labels, generate, unconditional_sampler
 from unet import VPSchedule, ddim_sample, load_unet, weights_path
 

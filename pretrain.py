@@ -35,20 +35,8 @@ import mnist_statistics
 import tiny_sd
 from data import cifar10, mnist, stl10
 from features import Classifier, ResNet34
-from run import (
-    MAY_CHANGE,
-    Run,
-    checksum,
-    commit,
-    launcher,
-    machine,
-    option,
-    parse,
-    refuse,
-    refusing,
-    warm_up_and_down,
-    write_json,
-)
+from record import checksum, commit, launcher, machine, write_json
+from run import MAY_CHANGE, Run, option, parse, refuse, refusing, warm_up_and_down
 from stable_diffusion import Autoencoder, load_stable_diffusion, save_stable_diffusion
 from teachers import load_teacher
 from unet import UNet, VPSchedule, load_unet, read_tensors, save_unet, write_tensors

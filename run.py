@@ -18,17 +18,14 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import hashlib
 import json
 import math
 import os
 import pickle
-import platform
 import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -37,6 +34,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+from record import command, commit, launcher, machine, write_atomically, write_json
 
 # ---------------------------------------------------------------------------- refusals
 
@@ -154,87 +153,6 @@ def choose_amp(name, device):
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[name]
 
 
-def cpu_name():
-    """What the processor calls itself, as far as the system tells."""
-    try:
-        if sys.platform == "darwin":
-            return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
-        return Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
-    except (OSError, IndexError, subprocess.SubprocessError):
-        return platform.processor() or f"{platform.machine()} CPU"
-
-
-def machine(device=torch.device("cpu")):
-    """One line that says what this ran on, for metrics.json."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
-    return f"{name}{threads}, torch {torch.__version__}, Python {platform.python_version()}"
-
-
-def launcher():
-    """What starts this program: python, or torchrun for several processes."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    return "python" if world == "1" else f"torchrun --nproc-per-node {world}"
-
-
-def command():
-    """What was typed, as one would type it again."""
-    return f"{launcher()} {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
-
-
-def commit():
-    """The commit this code stands at ('+' when files differ from it), or 'unknown' outside a clone."""
-    words = ["git", "-C", Path(__file__).parent, "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
-    try:
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def checksum(path):
-    """SHA-256 of a file, as hexadecimal digits."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def write_atomically(path, write):
-    """write(temporary path), then move it to `path`: whoever reads `path` sees the old file or the new one, whole."""
-    handle, temporary = tempfile.mkstemp(dir=Path(path).parent, suffix=".tmp")
-    os.close(handle)
-    try:
-        write(temporary)
-        with open(temporary, "r+b") as file:  # "+": Windows flushes no file that is open for reading alone
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def check_out(path):
-    """ValueError unless a JSON file can be written to `path`, or it is "": before the work whose numbers it is for."""
-    if path and (Path(path).suffix != ".json" or Path(path).is_dir()):
-        raise ValueError(f"--out {path}: give the name of a .json file to write")
-    if not Path(path or ".").parent.is_dir():
-        raise ValueError(f"--out {path}: there is no folder {Path(path).parent}; make it first")
-    if path and not os.access(Path(path).parent, os.W_OK):
-        raise ValueError(f"--out {path}: the folder {Path(path).parent} may not be written in")
-
-
-def write_json(path, content):
-    write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(content, indent=2) + "\n"))
-
-
-def plot_curves(curves, path):
-    """name -> list of numbers, one small panel each, with a running mean."""
-    figure = matplotlib.figure.Figure(figsize=(4 * max(1, len(curves)), 3), layout="constrained")
-    for i, (name, values) in enumerate(curves.items()):
-        axes, values = figure.add_subplot(1, len(curves), i + 1, title=name, xlabel="logged step"), torch.tensor(values)
-        width = max(1, len(values) // 30)
-        axes.plot(values, color="0.8", linewidth=0.8)
-        axes.plot(range(width - 1, len(values)), values.unfold(0, width, 1).mean(1), linewidth=1.5)
-    figure.savefig(path, dpi=100, metadata={"Software": None})
-
-
 # ---------------------------------------------------------------------------- a run
 
 # between a run and its resumption; rates and lambda that fall over `steps` fall over the new number from there on
@@ -251,6 +169,17 @@ def warm_up_and_down(steps, down, warm=None):
     constant, to 0 over the share `down` of all steps, the last ones."""
     warm = warm or max(1, min(500, steps // 10))
     return lambda step: min((step + 1) / warm, 1.0, (steps - step) / max(1, down * steps) if down else 1.0)
+
+
+def plot_curves(curves, path):
+    """name -> list of numbers, one small panel each, with a running mean."""
+    figure = matplotlib.figure.Figure(figsize=(4 * max(1, len(curves)), 3), layout="constrained")
+    for i, (name, values) in enumerate(curves.items()):
+        axes, values = figure.add_subplot(1, len(curves), i + 1, title=name, xlabel="logged step"), torch.tensor(values)
+        width = max(1, len(values) // 30)
+        axes.plot(values, color="0.8", linewidth=0.8)
+        axes.plot(range(width - 1, len(values)), values.unfold(0, width, 1).mean(1), linewidth=1.5)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
 class Run:

@@ -40,7 +40,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from convert import OLD_DIFFUSERS, is_tensors, load, rename, supported_or_refused, text_unet, text_unet_tensors
-from run import write_atomically, write_json
+from record import write_atomically, write_json
 from text import ACTIVATIONS, TextEncoder, Tokenizer, settings
 from unet import WEIGHTS, UNet, VPSchedule
 

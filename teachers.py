@@ -4,7 +4,7 @@ from pathlib import Path
 
 from convert import Config, locate, read
 from fetch import fetch
-from run import checksum
+from record import checksum
 from unet import WEIGHTS, load_unet
 
 

@@ -68,7 +68,8 @@ from concepts import (
 from data import some_images
 from eval import check_forget, evaluate_unconditional, parse_classes, table
 from features import Judge
-from run import Run, checksum, option, parse, refusing
+from record import checksum
+from run import Run, option, parse, refusing
 from samples import generate, guided_sampler, image_grid, unconditional_sampler
 from stable_diffusion import load_stable_diffusion
 from teachers import load_teacher

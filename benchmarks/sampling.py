@@ -15,7 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run import check_out, choose_device, commit, machine, number, refusing, write_json  # noqa: E402
+from record import check_out, commit, machine, write_json  # noqa: E402
+from run import choose_device, number, refusing  # noqa: E402
 from samples import balanced_labels, generate, sampler_of  # noqa: E402
 from unet import VPSchedule, load_unet  # noqa: E402
 

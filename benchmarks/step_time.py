@@ -30,7 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from ddpm_sfd import draw_labels, fake_score_loss, generator_loss, one_step, total  # noqa: E402
 from pretrain import MNIST  # noqa: E402
-from run import Run, check_out, choose_amp, choose_device, commit, machine, number, refusing, write_json  # noqa: E402
+from record import check_out, commit, machine, write_json  # noqa: E402
+from run import Run, choose_amp, choose_device, number, refusing  # noqa: E402
 from unet import UNet, VPSchedule  # noqa: E402
 
 NETWORKS = {"mnist": (MNIST | dict(num_classes=10), (32, 8), (32, 8)), "cifar10": (dict(num_classes=10), (4, 4), (128, 128))}

@@ -23,7 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run import parse, write_json  # noqa: E402
+from record import write_json  # noqa: E402
+from run import parse  # noqa: E402
 
 SHOWN = {  # the numbers of one run that are worth a line
     "ddpm_sfd": "ua retained_accuracy teacher_retained_accuracy fid teacher_fid seconds",

@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from ddpm_sfd import Config  # noqa: E402
-from run import number, refuse, write_json  # noqa: E402
+from record import write_json  # noqa: E402
+from run import number, refuse  # noqa: E402
 
 SHOWN = {"ua": "UA, %", "retained_accuracy": "retained accuracy, %", "fid": "FID on retained classes"}
 

@@ -24,7 +24,8 @@ OUT = ROOT / "results" / "vdu-frontier"
 from data import mnist  # noqa: E402
 from eval import evaluate_unconditional  # noqa: E402
 from features import Judge  # noqa: E402
-from run import choose_amp, commit, machine  # noqa: E402
+from record import commit, machine  # noqa: E402
+from run import choose_amp  # noqa: E402
 from samples import unconditional_sampler  # noqa: E402
 from unet import VPSchedule, load_unet  # noqa: E402
 

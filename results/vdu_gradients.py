@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import mnist  # noqa: E402
-from run import commit, machine, write_json  # noqa: E402
+from record import commit, machine, write_json  # noqa: E402
 from unet import VPSchedule, load_unet  # noqa: E402
 from vdu import Config, plasticity_inducer, read_posterior  # noqa: E402
 

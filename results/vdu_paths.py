@@ -21,7 +21,8 @@ OUT = ROOT / "results" / "vdu-paths"
 
 from eval import evaluate_unconditional  # noqa: E402
 from features import Judge  # noqa: E402
-from run import Run, write_json  # noqa: E402
+from record import write_json  # noqa: E402
+from run import Run  # noqa: E402
 from samples import unconditional_sampler  # noqa: E402
 from unet import VPSchedule, load_unet  # noqa: E402
 from vdu import Config, read_posterior, train, undesired_images  # noqa: E402

@@ -15,7 +15,7 @@ import eval as evaluation
 import metrics
 from concepts import PAIRS
 from features import Judge, load_classifier
-from run import checksum
+from record import checksum
 from samples import balanced_labels, generate, guided_sampler, image_grid, sampler_of, unconditional_sampler
 from stable_diffusion import load_stable_diffusion
 from unet import (

@@ -12,7 +12,8 @@ import pretrain
 from data import mnist, stl10
 from features import load_classifier, load_statistics, look
 from pretrain import jitter, warm_up_and_down, without_classes
-from run import Run, checksum, parse
+from record import checksum
+from run import Run, parse
 from unet import UNet, VPSchedule, load_unet, save_unet, write_tensors
 from vdu import read_posterior
 

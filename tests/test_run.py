@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import pickle
-import platform
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import torch
 from conftest import ROOT, inside, python, random_unet, words
 
 import run as housekeeping
-from run import Run, linear_decay, machine, option, parse
+from run import Run, linear_decay, option, parse
 from unet import load_unet, save_unet
 
 SFD = "ddpm_sfd.py --preset mnist-one-stage --forget 1 --classifier none --batch-size 6 --forget-batch-size 2 --override random"
@@ -192,16 +191,6 @@ def test_help_shows_every_flag_with_its_default(capsys):
     assert "learning rate [0.1]" in capsys.readouterr().out  # with the preset, the default that a run would take
 
 
-def test_the_machine_says_its_name_where_there_is_no_proc(monkeypatch):
-    monkeypatch.setattr("sys.platform", "darwin")
-    monkeypatch.setattr("subprocess.check_output", lambda words, text: "Apple M2\n" if words[0] == "sysctl" else "")
-    assert machine().startswith("Apple M2, ")
-    monkeypatch.setattr("sys.platform", "win32")
-    monkeypatch.setattr("pathlib.Path.read_text", lambda path: open("no such file"))
-    monkeypatch.setattr("platform.processor", lambda: "")
-    assert machine().startswith(f"{platform.machine()} CPU, ")
-
-
 def test_a_folder_that_a_finder_looked_into_is_still_empty(tmp_path):
     (tmp_path / ".DS_Store").write_bytes(b"")
     Run(Config(out=str(tmp_path)), "")
@@ -319,39 +308,6 @@ raise {error or "SystemExit(0)"}
     assert ("Traceback" in process.stderr) == (status == 1)
 
 
-def test_a_result_that_could_not_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
-    housekeeping.check_out("")
-    housekeeping.check_out(tmp_path / "a.json")
-    (tmp_path / "b.json").mkdir()
-    for name, says in (("a.txt", "a .json file"), ("b.json", "a .json file"), ("nowhere/a.json", "no folder")):
-        with pytest.raises(ValueError, match=says):
-            housekeeping.check_out(tmp_path / name)
-    monkeypatch.setattr(os, "access", lambda path, mode: not (path == tmp_path and mode & os.W_OK))  # root may everything
-    with pytest.raises(ValueError, match="may not be written in"):
-        housekeeping.check_out(tmp_path / "a.json")
-
-
-def test_what_is_written_is_flushed_through_a_handle_that_may_write(tmp_path, monkeypatch):
-    """Windows refuses any other."""
-    flushed, fsync = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda handle: (flushed.append(os.write(handle, b"")), fsync(handle)))
-    housekeeping.write_json(tmp_path / "a.json", {"new": 1})
-    assert flushed == [0] and json.loads((tmp_path / "a.json").read_text()) == {"new": 1}
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a.json"
-    housekeeping.write_json(path, {"old": 1})
-
-    def half(temporary):
-        open(temporary, "w").write("{")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        housekeeping.write_atomically(path, half)
-    assert json.loads(path.read_text()) == {"old": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
-
-
 def test_time_before_a_resume_counts(tmp_path):
     first = Run(Config(out=str(tmp_path / "run")), "")
     for _ in first.loop({}):
@@ -460,13 +416,6 @@ def test_what_a_killed_run_left_half_written_goes_when_the_folder_is_used_again(
     (tmp_path / "run/abc.tmp").write_bytes(b"half a checkpoint")
     Run(Config(out=str(tmp_path / "run")), "")
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json"}
-
-
-def test_the_command_is_what_starts_the_run_again(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["some/where/ddpm_sfd.py", "--forget", "0", "--out", "my runs"])
-    for processes, start in (("1", "python"), ("4", "torchrun --nproc-per-node 4")):
-        monkeypatch.setenv("WORLD_SIZE", processes)
-        assert housekeeping.command() == f"{start} ddpm_sfd.py --forget 0 --out 'my runs'"
 
 
 def test_processes_that_cannot_share_are_refused_before_a_folder_is_made(tmp_path, monkeypatch, capsys):

@@ -13,7 +13,8 @@ import pretrain
 import tiny_sd
 from concepts import PAIRS, every_prompt
 from eval import load_concept_statistics
-from run import Run, checksum
+from record import checksum
+from run import Run
 from samples import guided_sampler
 from stable_diffusion import load_stable_diffusion
 from unet import read_tensors

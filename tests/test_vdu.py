@@ -18,7 +18,8 @@ import vdu
 from concepts import ConceptJudge
 from data import read_picture
 from features import load_classifier, look
-from run import Run, checksum, parse
+from record import checksum
+from run import Run, parse
 from samples import unconditional_sampler
 from stable_diffusion import load_stable_diffusion
 from unet import VPSchedule, load_unet, save_unet, write_tensors
