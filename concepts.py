@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from features import load_classifier, load_statistics, look
+from features import check_classifier, load_classifier, load_statistics, look
 from metrics import frechet_distance, moments, pool
 from samples import generate
 from unet import read_tensors
@@ -153,7 +153,8 @@ class ConceptJudge:
     """
 
     def __init__(self):
-        self.classifier, (self.statistics, _), self.device = load_classifier(), load_statistics(), "cpu"
+        self.classifier, (self.statistics, facts), self.device = load_classifier(), load_statistics(), "cpu"
+        check_classifier(facts, "mnist-statistics")
 
     def to(self, device):
         self.device, self.classifier = device, self.classifier.to(device)
@@ -209,7 +210,8 @@ def draw_concepts(sample, sd, per_pair, seed, device, bar=None):
 
 def load_concept_statistics(path="tiny-sd/statistics"):
     """What the tiny model's own pictures show: features (N, 131), digits, colours and pairs (N,)."""
-    tensors, _ = read_tensors(path, "concept statistics")
+    tensors, facts = read_tensors(path, "concept statistics")
+    check_classifier(facts, path)
     return tensors["features"].float(), tensors["digits"], tensors["colours"], tensors["pairs"]
 
 

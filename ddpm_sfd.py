@@ -52,6 +52,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from eval import evaluate, parse_classes, table
 from features import Judge
+from record import checksum
 from run import Run, linear_decay, option, parse, refusing
 from samples import balanced_labels, generate, image_grid
 from teachers import load_teacher, read_pair
@@ -148,7 +149,8 @@ def generator_loss(teacher, fake_score, x_g, t, c_teacher, c_fake, noise, schedu
 
     t (B,), noise (B, C, H, W); c_teacher and c_fake (B,): c' and c; both networks: (x_t, t, c) -> the noise in x_t.
     Gradients reach the generator through x_g wherever it stands, through both networks' inputs too. Values may be
-    negative: what matters is the gradient, an estimate of the Fisher divergence's (SiD)."""
+    negative: what matters is the gradient, an estimate of the Fisher divergence's (SiD). (Try a loss of your own with
+    --preset mnist-one-stage: the pair that the default begins with was distilled with this one.)"""
     x_t = schedule.add_noise(x_g, noise, t)  # (D1)
     f_phi = schedule.predict_x0(x_t, teacher(x_t, t, c_teacher), t)  # (D3), asked for c'
     f_psi = schedule.predict_x0(x_t, fake_score(x_t, t, c_fake), t)  # (D3), asked for c
@@ -296,7 +298,8 @@ def main(config):
 
     metrics = {"nfe": 1, "forget": forget, "training_seconds": run.seconds}
     if run.rank == 0:
-        card = dict(method="SFD", forget=forget, teacher=config.teacher, steps=config.steps, seed=config.seed)
+        card = dict(method="SFD", forget=forget, teacher=config.teacher, teacher_sha256=checksum(teacher.path),
+                    steps=config.steps, seed=config.seed)
         save_unet(generator, run.folder / "generator.safetensors", t_init=config.t_init, **card)
         save_unet(fake_score, run.folder / "fake_score.safetensors", what="fake score", **card)
 

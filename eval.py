@@ -64,7 +64,7 @@ from record import check_out, checksum, command, commit, machine, write_json
 from run import choose_amp, choose_device, option, parse, refusing
 from samples import balanced_labels, generate, sampler_of, unconditional_sampler
 from stable_diffusion import load_stable_diffusion
-from teachers import load_teacher
+from teachers import load_teacher, made_from
 from unet import VPSchedule, ddim_sample, load_unet
 
 # ---------------------------------------------------------------------------- classes
@@ -388,6 +388,8 @@ def main(config):
         if source is None:
             raise ValueError(f"{config.checkpoint} began at the mean of several networks; name one with --teacher")
         teacher = load_teacher(source).to(device) if source else None
+        if teacher and not config.teacher and not made_from(unet.card, teacher):
+            raise ValueError(f"{config.checkpoint} was made from {source} as it was then; name that with --teacher")
         if teacher and (teacher.image_shape, teacher.num_classes) != (unet.image_shape, unet.num_classes):
             raise ValueError(f"--teacher {source} draws {teacher.num_classes or 'no'} classes of "
                              f"{teacher.image_shape}, unlike {config.checkpoint}")
@@ -408,7 +410,9 @@ def main(config):
                 raise ValueError(f"{config.checkpoint} is unconditional; say with --forget which class should be gone")
             if config.sampler not in ("auto", "ddim") or (config.steps, config.eta) != (Config.steps, Config.eta):
                 raise ValueError("PUL and u-FID are of 20 DDIM steps; leave out --sampler, --steps, --eta")
-            teacher = teacher or load_unet("mnist-unconditional").to(device)
+            if not teacher:
+                raise ValueError(f"{config.checkpoint}: its card names no teacher; say with --teacher what it was "
+                                 "before (mnist-unconditional ships)")
         real = None
         if config.data and not on_inception:
             if judge.statistics is None:
@@ -427,7 +431,8 @@ def main(config):
         else:
             result = evaluate(sample, nfe, judge, teacher or unet, forget, per_class, config.seed, teacher_sample, real,
                               config.batch_size)
-    show(config, result, forget, kind, device)
+    named = {"teacher": source or None, "teacher_sha256": teacher and checksum(teacher.path)}
+    show(config, result | named, forget, kind, device)
 
 
 if __name__ == "__main__":

@@ -85,10 +85,20 @@ def load_statistics(name="mnist-statistics"):
     classes of "unconditional" are what the classifier sees; and the facts about them.
     """
     tensors, facts = read_tensors(name, "statistics")
-    return {
-        s: tuple(tensors[f"{s}.{part}"].double() for part in ("means", "covariances", "counts"))
-        for s in ("train", "test", "teacher", "unconditional")
-    }, facts
+    try:
+        return {
+            s: tuple(tensors[f"{s}.{part}"].double() for part in ("means", "covariances", "counts"))
+            for s in ("train", "test", "teacher", "unconditional")
+        }, facts
+    except KeyError as error:
+        raise ValueError(f"the statistics {name} lack {error}; make them with pretrain.py mnist-statistics") from None
+
+
+def check_classifier(facts, statistics, classifier="mnist-classifier"):
+    """ValueError when statistics, by their facts, were made with another classifier than this one is now."""
+    if facts.get("classifier_sha256") != checksum(weights_path(classifier)):
+        raise ValueError(f"the statistics {str(statistics)!r} were not made with {classifier!r} as it is now; see "
+                         "pretrain.py, or give --classifier none")
 
 
 @torch.no_grad()
@@ -119,8 +129,7 @@ class Judge:
         self.statistics, self.facts = None, {}
         if isinstance(self.classifier, Classifier):
             self.statistics, self.facts = load_statistics(statistics)
-            if self.facts["classifier_sha256"] != checksum(weights_path(classifier)):
-                raise ValueError(f"the statistics {statistics!r} were not made with {classifier!r}; see pretrain.py")
+            check_classifier(self.facts, statistics, classifier)
 
     def to(self, device):
         self.device, self.classifier = device, self.classifier.to(device)

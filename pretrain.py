@@ -312,7 +312,7 @@ def train_classifier(config, run):
     dataset, network, augment, what = CLASSIFIERS[config.what]
     images, labels = (x.to(run.device) for x in dataset(config.data, train=True))
     classifier = run.prepare(network().to(run.device).train())
-    if config.what == "mnist-classifier":
+    if isinstance(classifier, Classifier):
         optimizer, smoothing = torch.optim.AdamW(classifier.parameters(), lr=config.lr, weight_decay=0.02), 0.05
         lr = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=max(1, config.steps))
     else:

@@ -350,7 +350,7 @@ def main(config):
         generator, fake_score = read_pair(config, sd.unet)
         if config.weights == "bf16" and choose_amp(config.amp, choose_device(config.device)) != torch.bfloat16:
             raise ValueError("--weights bf16 needs --amp bf16")
-        judge = ConceptJudge() if tiny else None
+        judge, its = (ConceptJudge(), load_concept_statistics()) if tiny else (None, None)  # its: of the teacher
     concept = config.forget.replace(",", " ").strip()
     folder = f"runs/sd_sfd-{config.preset}-forget-{concept.replace(' ', '-')}"
     run = Run(config, folder, loss_scale=16.0)  # low for fp16, as the losses are sums over pixels
@@ -401,8 +401,8 @@ def main(config):
             pictures, _ = generate(draw, c, teacher.image_shape, config.seed, run.device, 80 if tiny else 10)
             prompt_grid(pictures, rows, run.folder / f"samples_{name}.png", title, range(min(4, len(forget))))
         if judge and config.eval_images:
-            metrics |= evaluate_concept(sample, sd, judge, concept if forget else "", config.eval_images, config.seed,
-                                        load_concept_statistics())
+            metrics |= evaluate_concept(
+                sample, sd, judge, concept if forget else "", config.eval_images, config.seed, its)
             print(table(metrics))
     run.finish(metrics)
 

@@ -33,7 +33,7 @@ def read_pair(config, teacher):
     None and None in one-stage SFD, where both begin as copies of the teacher.
 
     ValueError if one is given without the other, if they are not of one run or not of the teacher's configuration, or
-    if they were made for another t_init, or from a teacher that ships while this one is another."""
+    if they were made for another t_init, or from another teacher, as far as their cards tell."""
     flags = {"--init-generator": config.init_generator, "--init-fake-score": config.init_fake_score}
     one_stage = "--preset mnist-one-stage" if config.preset == "mnist" else " ".join(f"{flag} none" for flag in flags)
     instead = f"; {one_stage} begins with the teacher itself"
@@ -54,7 +54,15 @@ def read_pair(config, teacher):
     run, other = ({k: v for k, v in network.card.items() if k not in own} for network in pair)
     if run != other:
         raise ValueError(f"{' and '.join(flags.values())} are not of one run, by their cards")
-    shipped = WEIGHTS / f"{run.get('teacher')}.safetensors"
-    if shipped.is_file() and checksum(shipped) != checksum(teacher.path):
-        raise ValueError(f"{config.init_generator} was distilled from {shipped.stem}, not {config.teacher}{instead}")
+    if not made_from(run, teacher):
+        raise ValueError(f"{config.init_generator} was distilled from {run['teacher']}, not {config.teacher} as it is "
+                         f"now{instead}")
     return generator, fake_score
+
+
+def made_from(card, teacher):
+    """Whether a network with this card was made from the file of `teacher`, as far as the card tells: by the checksum
+    of its teacher or, on cards from before there was one, by the name of one that ships."""
+    shipped = WEIGHTS / f"{card.get('teacher')}.safetensors"
+    its = card.get("teacher_sha256") or (checksum(shipped) if shipped.is_file() else None)
+    return not its or its == checksum(teacher.path)

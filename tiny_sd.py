@@ -14,11 +14,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from concepts import PAIRS, TEMPLATES, ConceptJudge, draw_concepts, every_prompt, paint
 from data import mnist
 from metrics import frechet_distance, moments, pool
+from record import checksum
 from run import warm_up_and_down
 from samples import guided_sampler
 from stable_diffusion import Autoencoder, StableDiffusion
 from text import TextEncoder, word_tokenizer
-from unet import UNet, VPSchedule, write_tensors
+from unet import UNet, VPSchedule, weights_path, write_tensors
 
 AUTOENCODER = dict(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, sample_size=32)
 TEXT_ENCODER = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
@@ -130,7 +131,8 @@ def score(sd, run, path, per_pair, seed):
     features, digits, colours = judge(pictures)
     right = torch.stack([digits, colours], 1) == torch.tensor(PAIRS)[pairs]  # (N, 2)
     means, covariances = judge.real_moments()
-    facts = dict(evaluation_seed=seed, images_per_pair=per_pair, sampler=f"DDIM, {STEPS} steps, guidance {GUIDANCE}")
+    facts = dict(evaluation_seed=seed, images_per_pair=per_pair, sampler=f"DDIM, {STEPS} steps, guidance {GUIDANCE}",
+                 classifier_sha256=checksum(weights_path("mnist-classifier")))
     write_tensors(path, "concept statistics", {"features": features.half(), "digits": digits, "colours": colours,
                                                "pairs": pairs}, **facts)
     return facts | {

@@ -360,12 +360,15 @@ def main_of_sd(config):
         if config.posterior == "auto" and config.sd != "tiny-sd":
             raise ValueError("--posterior: name the variance of this model's weights; the one that ships is tiny-sd's")
         variance = read_posterior("tiny-sd/posterior" if config.posterior == "auto" else config.posterior, sd.unet)
+        judge, its = None, None
+        if config.sd == "tiny-sd" and config.classifier != "none":
+            judge, its = ConceptJudge(), load_concept_statistics()
         pictures, names, origin = undesired_pictures(config, sd, concept)
     run = Run(config, f"runs/vdu-sd-forget-{concept.replace(' ', '-')}")
     if run.rank == 0:
         print(f"undesired: {origin}")
     sd = sd.to(run.device)
-    judge = ConceptJudge().to(run.device) if config.sd == "tiny-sd" and config.classifier != "none" else None
+    judge = judge and judge.to(run.device)
     with torch.no_grad():
         latents = torch.cat([sd.vae.latents(some.to(run.device)) for some in pictures.split(8)])
         texts = sd.embed(names)
@@ -387,7 +390,6 @@ def main_of_sd(config):
                 prompt_grid(drawn, rows, run.folder / f"samples_{name}.png", f"{name} VDU",
                             [i for i, prompt in enumerate(rows) if contains(prompt, concept)])
         if judge:
-            its = load_concept_statistics()
             if teacher.path is None:  # a mean that no file holds: what ships are another model's
                 drawn, pairs, _ = draw_concepts(guided_sampler(sd, teacher), sd, 20, 0, run.device, "teacher, to judge")
                 its = *judge(drawn), pairs
@@ -432,6 +434,7 @@ def main(config):
     if run.rank == 0:
         save_unet(unet, run.folder / "unlearned.safetensors", method="VDU", forget=forget,
                   teacher=config.teacher if teacher.path else None,  # None: a mean that no file holds
+                  teacher_sha256=teacher.path and checksum(teacher.path),
                   gamma=config.gamma, steps=run.step, seed=config.seed)
         samplers = {name: unconditional_sampler(network, schedule, run.dtype)
                     for name, network in (("before", teacher), ("after", unet))}

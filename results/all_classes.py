@@ -79,6 +79,9 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.jobs))  # of the processes to come
+    kept = [json.loads(path.read_text())["commit"] for path in out.glob("*.json")]
+    if kept:
+        print(f"kept: {len(kept)} runs in {out.name}, of commit {', '.join(sorted(set(kept)))}")
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         list(pool.map(one, [(args.method, k, seed, more, out) for seed in args.seeds for k in classes]))
 

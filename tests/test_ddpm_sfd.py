@@ -15,7 +15,7 @@ from features import Judge
 from run import Run, parse
 from samples import balanced_labels, generate
 from teachers import read_pair
-from unet import VPSchedule, ddim_sample, load_unet
+from unet import VPSchedule, ddim_sample, load_unet, save_unet
 
 SCHEDULE = VPSchedule.linear()
 ABAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
@@ -394,10 +394,12 @@ def test_two_stages_start_from_the_files_of_the_first(tmp_path, tiny_file, few_c
         assert all(torch.equal(files[0][k], files[1][k]) for k in files[0]), name
         assert not all(torch.equal(v, files[0][k]) for k, v in load_unet(tiny_file).state_dict().items()), name
     assert inside(first.replace("--out first", "--seed 1 --out other"), tmp_path).returncode == 0
+    save_unet(random_unet(1, image_size=8, attention_at=(4,)), tmp_path / "another.safetensors")
     swapped = "first/fake_score.safetensors --init-fake-score first/generator.safetensors"
     for words, says in ((f"{init} --t-init 300", "was made for --t-init 440"), ("mnist", "configuration"),
                         ("none", "give the two files of one run; --preset mnist-one-stage begins with the teacher"),
                         (init.replace("fake-score first", "fake-score other"), "are not of one run, by their cards"),
+                        (f"{init} --teacher another.safetensors", "was distilled from"),
                         (swapped, "--init-generator first/fake_score.safetensors is no generator"),
                         (init.replace("fake_score.", "generator."), "generator.safetensors is a generator")):
         process = inside(second.format(words).replace("--out second", "--out third"), tmp_path)
@@ -550,8 +552,6 @@ BAD = [
 
 @pytest.mark.parametrize("words, message", BAD, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_bad_input_gets_one_line_and_status_2(words, message, tmp_path, monkeypatch, capsys):
-    from unet import save_unet
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(ROOT / "ddpm_sfd.py"), *words])
     (tmp_path / "damaged.safetensors").write_bytes((ROOT / "weights/mnist.safetensors").read_bytes()[:5000])

@@ -13,8 +13,8 @@ from conftest import ROOT, random_unet, write_mnist
 
 import eval as evaluation
 import metrics
-from concepts import PAIRS
-from features import Judge, load_classifier
+from concepts import PAIRS, ConceptJudge, load_concept_statistics
+from features import Judge, load_classifier, load_statistics
 from record import checksum
 from samples import balanced_labels, generate, guided_sampler, image_grid, sampler_of, unconditional_sampler
 from stable_diffusion import load_stable_diffusion
@@ -27,6 +27,7 @@ from unet import (
     load_unet,
     read_tensors,
     save_unet,
+    weights_path,
     write_tensors,
 )
 
@@ -334,6 +335,49 @@ def test_statistics_made_with_another_classifier_are_refused(tmp_path):
     write_tensors(tmp_path / "other.safetensors", "classifier", tensors, config=facts["config"])
     with pytest.raises(ValueError, match="were not made with"):
         Judge(load_unet("mnist"), str(tmp_path / "other.safetensors"))
+
+
+def test_so_are_those_of_pictures_and_those_that_lack_something(tmp_path, monkeypatch):
+    assert len(load_concept_statistics()) == 4 and ConceptJudge().statistics["train"][0].shape == (10, 128)
+    other = tmp_path / "other.safetensors"
+    tensors, facts = read_tensors("mnist-classifier", "classifier")
+    tensors["head.bias"] = tensors["head.bias"] + 1
+    write_tensors(other, "classifier", tensors, config=facts["config"])
+    monkeypatch.setattr("features.weights_path", lambda name: other if name == "mnist-classifier" else weights_path(name))
+    for of_the_old_one in (ConceptJudge, load_concept_statistics):
+        with pytest.raises(ValueError, match="were not made with"):
+            of_the_old_one()
+    tensors, facts = read_tensors("mnist-statistics", "statistics")
+    kept = {k: v for k, v in tensors.items() if not k.startswith("unconditional.")}
+    write_tensors(tmp_path / "part.safetensors", **{**facts, "tensors": kept})
+    with pytest.raises(ValueError, match="lack 'unconditional.means'"):
+        load_statistics(str(tmp_path / "part.safetensors"))
+
+
+def test_a_teacher_that_has_changed_since_or_was_never_named_is_refused(tmp_path, monkeypatch, capsys):
+    """A network is compared with the one that it was made from, and the JSON says which that was."""
+    monkeypatch.chdir(tmp_path)
+    teacher = load_unet("mnist-unconditional")
+    save_unet(teacher, tmp_path / "teacher.safetensors")
+    card = dict(method="VDU", forget=[1], teacher="teacher.safetensors")
+    save_unet(teacher, tmp_path / "same.safetensors", **card, teacher_sha256=checksum(tmp_path / "teacher.safetensors"))
+    save_unet(teacher, tmp_path / "changed.safetensors", **card, teacher_sha256="of what it was then")
+    save_unet(teacher, tmp_path / "nobody.safetensors")
+
+    def run(words):
+        evaluation.main(evaluation.parse(evaluation.Config, "", None, [*words.split(), "--images", "100"]))
+
+    for words, says in (("changed.safetensors", "was made from teacher.safetensors as it was then"),
+                        ("nobody.safetensors --forget 1", "its card names no teacher; say with --teacher")):
+        with pytest.raises(SystemExit) as exit:
+            run(words)
+        assert exit.value.code == 2 and says in capsys.readouterr().err
+    monkeypatch.setattr(evaluation, "evaluate_unconditional", lambda *words, **more: {})
+    monkeypatch.setattr(evaluation, "table", str)
+    for words in ("same.safetensors", "changed.safetensors --teacher teacher.safetensors"):
+        run(f"{words} --out a.json")
+        result = json.loads((tmp_path / "a.json").read_text())
+        assert (result["teacher"], result["teacher_sha256"]) == ("teacher.safetensors", checksum(tmp_path / "teacher.safetensors"))
 
 
 def test_the_live_ua_is_the_share_that_is_not_seen_as_what_was_asked_for():
