@@ -81,14 +81,16 @@ def contains(prompt, concept):
 
 
 def replace(prompt, concept, override):
-    """The prompt with the concept replaced: as a whole where it stands as a whole, otherwise word by word.
+    """The prompt with the concept replaced: as a whole where it stands as a whole; what is left of it, word by word.
 
     ValueError when the prompt does not contain it, or when it is scattered and the override has more or fewer words.
     """
     prompt = composed(prompt)
     whole = re.compile(r"(?<!\w)" + r"\W+".join(words(concept)) + r"(?!\w)", re.IGNORECASE)
     if whole.search(prompt):
-        return whole.sub(lambda _: override, prompt)
+        prompt = whole.sub(lambda _: override, prompt)
+        if not contains(prompt, concept) or contains(override, concept):
+            return prompt
     pairs = dict(zip(words(concept), words(override)))
     if not contains(prompt, concept) or len(words(concept)) != len(words(override)):
         raise ValueError(f"{concept!r} cannot be replaced by {override!r} in {prompt!r}; as many words would do")
@@ -96,14 +98,15 @@ def replace(prompt, concept, override):
 
 
 def without(prompt, concept):
-    """The prompt with the concept left out, as a whole where it stands as a whole, otherwise word by word; if it is all
-    there. "a red three" without "three" is "a red"."""
+    """The prompt with the concept left out, as a whole where it stands as a whole; what is left of it, word by word; if
+    it is all there. "a red three" without "three" is "a red"."""
     if not contains(prompt, concept):
         return prompt
     prompt = composed(prompt)
     whole = re.compile(r"(?<!\w)" + r"\W+".join(words(concept)) + r"(?!\w)", re.IGNORECASE)
-    left = whole.sub("", prompt) if whole.search(prompt) else re.sub(
-        r"[^\W_]+", lambda word: "" if word[0].lower() in words(concept) else word[0], prompt)
+    left = whole.sub("", prompt)
+    if contains(left, concept):
+        left = re.sub(r"[^\W_]+", lambda word: "" if word[0].lower() in words(concept) else word[0], left)
     return re.sub(r"\s+(?=\s|,)|,(?=\s*(?:,|$))", "", left).strip(" ,")
 
 
@@ -223,7 +226,7 @@ def evaluate_concept(sample, sd, judge, concept, per_pair, seed, teacher, nfe=1)
     Returns a dictionary for metrics.json:
 
     ua                 share of pictures asked for with the concept that do not show it
-    became             what they show instead: the three most frequent, and their shares
+    became             what they show: the three most frequent, and their shares
     retained_accuracy  share of all other pictures that show both the digit and the colour that were asked for
     near, far          the same of prompts that share a word with the concept (red fives; None: there are none), and of
                        the others

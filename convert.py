@@ -254,7 +254,7 @@ TEXT_SETTINGS = BOTH | {"_class_name": (None, ["UNet2DConditionModel"])} | same(
     freq_shift=0, flip_sin_to_cos=True, mid_block_type="UNetMidBlock2DCrossAttn", downsample_padding=1, norm_eps=1e-5,
     use_linear_projection=False, only_cross_attention=False, dual_cross_attention=False,
     transformer_layers_per_block=1, num_attention_heads=None, addition_embed_type=None, encoder_hid_dim=None,
-    time_cond_proj_dim=None, conv_in_kernel=3, conv_out_kernel=3)
+    time_cond_proj_dim=None, time_embedding_act_fn=None, timestep_post_act=None, conv_in_kernel=3, conv_out_kernel=3)
 SCHEDULE = same(  # of a scheduler_config.json beside a UNet2DModel: VPSchedule.linear, and a network that predicts eps
     prediction_type="epsilon", beta_schedule="linear", num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02,
     trained_betas=None, rescale_betas_zero_snr=False)

@@ -79,7 +79,10 @@ def some_images(source, classes, shape, n=0, seed=0):
     folder = Path(source)
     if source != "data" and not folder.is_dir():
         raise OSError(f"--data {source} is no folder")
+    known = {(1, 28, 28): ("MNIST", mnist), (3, 32, 32): ("cifar-10-batches-py", cifar10)} if classes else {}
     pictures = sorted(p for p in folder.glob("[!.]*") if p.suffix.lower() in PICTURES)
+    if shape in known and (folder / known[shape][0]).is_dir():
+        pictures = []  # a picture that lies beside a data set is none of it
     if classes and (folder / "wnids.txt").is_file():  # tiny ImageNet: class k is the k-th line of wnids.txt
         names = (folder / "wnids.txt").read_text().split()
         if max(classes) >= len(names):
@@ -87,7 +90,6 @@ def some_images(source, classes, shape, n=0, seed=0):
         pictures = sorted(p for k in classes for p in (folder / "train" / names[k] / "images").glob("[!.]*"))
     if pictures:
         return torch.stack([read_picture(pictures[i], shape) for i in some(len(pictures))]) / 127.5 - 1
-    known = {(1, 28, 28): ("MNIST", mnist), (3, 32, 32): ("cifar-10-batches-py", cifar10)} if classes else {}
     if shape not in known or source != "data" and not (folder / known[shape][0]).is_dir():
         raise ValueError(f"--data {source} holds no pictures ({' '.join(sorted(PICTURES))})"
                          + (f" or data set of {shape}" if classes else ""))

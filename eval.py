@@ -65,7 +65,7 @@ from run import choose_amp, choose_device, option, parse, refusing
 from samples import balanced_labels, generate, sampler_of, unconditional_sampler
 from stable_diffusion import load_stable_diffusion
 from teachers import load_teacher, made_from
-from unet import VPSchedule, ddim_sample, load_unet
+from unet import VPSchedule, ddim_sample, load_unet, weights_path
 
 # ---------------------------------------------------------------------------- classes
 
@@ -210,7 +210,7 @@ def table(result):
         of = f" of {its:,} pictures" if its != result["images"] else ""
         if "ua" in result:
             rows = [("UA (concept gone)", f"{result['ua']:.2%} of {result['ua_images']:,} pictures"),
-                    ("it draws instead", ", ".join(f"{v:.1%} {k}s" for k, v in result["became"].items()))]
+                    ("they show", ", ".join(f"{v:.1%} {k}s" for k, v in result["became"].items()))]
         rows += [("retained accuracy", beside("retained_accuracy")), ("near the concept", beside("near")),
                  ("far from it", beside("far")),
                  ("FID on retained prompts", f"{result['fid']:.3f}   (teacher {result['teacher_fid']:.3f}{of})"),
@@ -308,7 +308,8 @@ def check_flags(config, unet, kind):
     on_inception = config.features == "inception"
     count = "--per-pair" if text else "--per-class" if classes else "--images"
     # a teacher whose numbers are not at hand
-    drawn = (config.teacher or ("" if on_inception else unet.card.get("teacher", "mnist"))) not in ("", "mnist")
+    teacher = config.teacher or ("" if on_inception else unet.card.get("teacher", "mnist"))
+    drawn = teacher not in ("", "mnist") and Path(str(teacher)).resolve() != weights_path("mnist")
     for name, useless, instead in (
             ("per_class", count != "--per-class", count), ("images", count != "--images", count),
             ("per_pair", count != "--per-pair", count), ("inception", text or not on_inception, "--features inception"),
@@ -335,6 +336,8 @@ def main_of_concepts(config, unet, kind, device):
     """The command, for a network of the tiny text-to-image model."""
     with refusing():
         folder = unet.card.get("sd", "tiny-sd")
+        if unet.card.get("teacher", folder) is None:
+            raise ValueError(f"{config.checkpoint} began at the mean of several networks; its pictures are not at hand")
         sd = load_stable_diffusion(folder).to(device)
         concept = unet.card.get("forget", "none") if config.forget == "auto" else config.forget.replace(",", " ")
         if sd.unet.config != unet.config or sd.unet.image_shape != (4, 8, 8):
@@ -379,6 +382,8 @@ def main(config):
         if classifier == "none" and not on_inception:
             raise ValueError("--classifier none: nothing is left to look at the images; see --features inception")
         judge = None if classifier == "none" else Judge(unet, classifier, config.statistics)
+        if judge and judge.statistics is None and config.statistics != Config.statistics:
+            raise ValueError(f"--statistics changes nothing beside --classifier {classifier}; leave it out")
         said = ",".join(map(str, unet.card.get("forget", []))) or "none"
         classes = unet.num_classes or 10
         forget = parse_classes(said if config.forget == "auto" else config.forget, classes)

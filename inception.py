@@ -175,7 +175,8 @@ def load_inception(source=""):
         if wrong:
             raise ValueError(f"{len(wrong)} names differ, {wrong[0]} for one")
     except Exception as error:  # whatever a damaged or foreign pickle raises
-        raise ValueError(f"{path} does not hold the FID Inception: {str(error).splitlines()[0]}") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} does not hold the FID Inception: {reason}") from None
     inception.sha256 = checksum(path)
     return inception.eval().requires_grad_(False)
 

@@ -97,11 +97,14 @@ def class_moments(features, labels, classes):
 def frechet_distance(mean1, cov1, mean2, cov2):
     """|m1 - m2|^2 + trace(C1 + C2 - 2 (C1 C2)^(1/2)), the squared 2-Wasserstein distance of two Gaussians (Dowson and
     Landau 1982; FID: Heusel et al. 2017). Means (D,), covariances (D, D), symmetric and positive semi-definite.
+    ValueError where they are not finite.
 
     trace (C1 C2)^(1/2) is the sum of the square roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric,
     so no matrix root with spurious imaginary parts is needed.
     """
     mean1, cov1, mean2, cov2 = (torch.as_tensor(x, dtype=torch.float64) for x in (mean1, cov1, mean2, cov2))
+    if not all(x.isfinite().all() for x in (mean1, cov1, mean2, cov2)):
+        raise ValueError("no distance: features are not finite, or there is no image to take them from")
     values, vectors = torch.linalg.eigh(cov1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()

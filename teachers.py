@@ -5,14 +5,14 @@ from pathlib import Path
 from convert import Config, locate, read
 from fetch import fetch
 from record import checksum
-from unet import WEIGHTS, load_unet
+from unet import load_unet, shipped_names, weights_path
 
 
 def load_teacher(source):
     """The U-Net of whatever the user named: a shipped name, a file of ours, or anything that this file can fetch and
     read, without a copy being written. ValueError or OSError when it is none, or a one-step generator."""
     found = fetch(source)
-    shipped = (WEIGHTS / f"{found}.safetensors").is_file()
+    shipped = str(found) in shipped_names()
     ours = str(found).endswith(".safetensors") and not (Path(found).parent / "config.json").is_file()
     if found == str(source) and (shipped or ours or not Path(found).exists()):
         unet = load_unet(found)  # or says what would be right
@@ -63,6 +63,6 @@ def read_pair(config, teacher):
 def made_from(card, teacher):
     """Whether a network with this card was made from the file of `teacher`, as far as the card tells: by the checksum
     of its teacher or, on cards from before there was one, by the name of one that ships."""
-    shipped = WEIGHTS / f"{card.get('teacher')}.safetensors"
-    its = card.get("teacher_sha256") or (checksum(shipped) if shipped.is_file() else None)
+    name = card.get("teacher")
+    its = card.get("teacher_sha256") or (checksum(weights_path(name)) if name in shipped_names() else None)
     return not its or its == checksum(teacher.path)

@@ -387,11 +387,16 @@ def ancestral_sample(unet, schedule, z, c=None, guidance=1.0, x0_clip=True, nois
 # ---------------------------------------------------------------------------- weights on disk
 
 
+def shipped_names():
+    """What lies in weights/, by name: "mnist", "tiny-sd/posterior"."""
+    return sorted(path.relative_to(WEIGHTS).with_suffix("").as_posix() for path in WEIGHTS.rglob("*.safetensors"))
+
+
 def weights_path(source):
     """The file of a shipped name ("mnist"), or a path that ends in .safetensors. FileNotFoundError if not there."""
-    path = Path(source) if str(source).endswith(".safetensors") else WEIGHTS / f"{source}.safetensors"
-    if not path.is_file():
-        shipped = ", ".join(sorted(p.stem for p in WEIGHTS.glob("*.safetensors"))) or "none"
+    path = WEIGHTS / f"{source}.safetensors" if str(source) in shipped_names() else Path(source)
+    if path.suffix != ".safetensors" or not path.is_file():
+        shipped = ", ".join(name for name in shipped_names() if "/" not in name) or "none"
         raise FileNotFoundError(f"no weights {str(source)!r}: give a .safetensors file, or a shipped name ({shipped})")
     return path
 

@@ -380,6 +380,7 @@ def main_of_sd(config):
                "steps_taken": run.step, "training_seconds": run.seconds}
     if run.rank == 0:
         save_unet(unet, run.folder / "unlearned.safetensors", method="VDU", forget=concept, sd=config.sd,
+                  teacher=config.sd if teacher.path else None,  # None: a mean that no file holds
                   gamma=config.gamma, steps=run.step, seed=config.seed)
         others = every_prompt()[::71] if config.sd == "tiny-sd" else [""]
         rows = list(dict.fromkeys(names))[:4] + [prompt for prompt in others if not contains(prompt, concept)]

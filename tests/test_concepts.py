@@ -52,13 +52,15 @@ def test_a_concept_is_there_when_all_of_its_words_are(prompt, concept, there):
     ("the number three in red", "red three", "blue eight", "the number eight in blue"),
     ("a photo of Brad Pitt, smiling", "brad pitt", "a middle aged man", "a photo of a middle aged man, smiling"),
     ("three threes and Three", "three", "two", "two threes and two"),
+    ("a red three, and a three in red", "red three", "blue eight", "a blue eight, and a eight in blue"),
 ])
 def test_a_concept_is_replaced_as_a_whole_or_word_by_word(prompt, concept, override, result):
     assert replace(prompt, concept, override) == result
 
 
 def test_what_cannot_be_replaced_is_refused():
-    for prompt, concept, override in [("a red five", "three", "eight"), ("three in red", "red three", "eight")]:
+    for prompt, concept, override in [("a red five", "three", "eight"), ("three in red", "red three", "eight"),
+                                      ("Brad Pitt and Brad's friend Pitt", "Brad Pitt", "a man with a hat")]:
         with pytest.raises(ValueError, match="cannot be replaced"):
             replace(prompt, concept, override)
 
@@ -72,6 +74,7 @@ def test_what_cannot_be_replaced_is_refused():
     ("a photo of a man holding a gun", "a gun", "a photo of a man holding"),
     ("the number three in red", "red three", "the number in"),
     ("a red five", "red three", "a red five"),
+    ("a photo of Brad Pitt and Brad's friend Pitt", "Brad Pitt", "a photo of and 's friend"),
     ("threesome", "three", "threesome"),
 ])
 def test_a_prompt_without_the_concept(prompt, concept, left):

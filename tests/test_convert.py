@@ -445,7 +445,7 @@ def test_the_schedule_is_found_where_files_are_links_as_in_the_hubs_cache(tmp_pa
 @pytest.mark.parametrize("setting, value", [
     ("flip_sin_to_cos", False), ("freq_shift", 1), ("downsample_padding", 0), ("num_attention_heads", 8),
     ("mid_block_type", "UNetMidBlock2D"), ("only_cross_attention", True), ("dual_cross_attention", True),
-    ("transformer_layers_per_block", 2), ("addition_embed_type", "text"), ("encoder_hid_dim", 8),
+    ("transformer_layers_per_block", 2), ("addition_embed_type", "text"), ("time_embedding_act_fn", "gelu"), ("timestep_post_act", "silu"), ("encoder_hid_dim", 8),
     ("conv_in_kernel", 5), ("conv_out_kernel", 5)])
 def test_habits_of_other_text_models_are_refused_by_name(setting, value):
     theirs, config = stable_diffusion_unet()
@@ -749,13 +749,16 @@ def test_files_of_one_name_from_two_addresses_are_two(server, tiny_file, tmp_pat
         load_teacher(f"{server.url}/a/teacher.safetensors#sha256={64 * '0'}")
 
 
-def test_a_teacher_may_be_any_folder_or_file_at_hand(networks, tmp_path):
+def test_a_teacher_may_be_any_folder_or_file_at_hand(networks, tmp_path, monkeypatch):
     theirs = peer(SMALL)
     source = folder(tmp_path / "model", SMALL, theirs.state_dict())
     for path in (source, source / "diffusion_pytorch_model.safetensors"):
         unet = load_teacher(path)
         agree(unet, theirs)
         assert unet.path == source / "diffusion_pytorch_model.safetensors"
+    monkeypatch.chdir(tmp_path)
+    source.rename("mnist-unconditional")  # a path is a path, also where a shipped name is in it
+    agree(load_teacher("./mnist-unconditional"), theirs)
     torch.save(container(4, networks), tmp_path / "ckpt.pth")
     unet = load_teacher(tmp_path / "ckpt.pth")
     agree(unet, networks["EMA"], labels=torch.tensor([0, 4, 9]))

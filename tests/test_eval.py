@@ -45,6 +45,9 @@ def test_frechet_distance_known_answers():
     a, b = torch.tensor([1.0, 4.0, 9.0]), torch.tensor([4.0, 4.0, 1.0])  # diagonal: sum (sqrt a - sqrt b)^2
     zero = torch.zeros(3)
     assert metrics.frechet_distance(zero, a.diag(), zero, b.diag()) == pytest.approx(1 + 0 + 4)
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="not finite"):
+            metrics.frechet_distance(zero, a.diag(), zero + wrong, b.diag())
 
 
 @pytest.mark.parametrize("n", [200, 8])  # 8 images in 12 dimensions: singular covariances
@@ -457,6 +460,8 @@ def test_parse_classes_refuses(text):
     ("mnist-distilled --eta 1", "--eta changes nothing"),
     ("mnist-distilled --steps 5", "--steps changes nothing"),
     ("mnist-distilled --teacher mnist --steps 5", "--steps changes nothing"),  # its numbers are at hand
+    ("mnist-distilled --teacher weights/mnist.safetensors --steps 5", "--steps changes nothing"),  # the same file
+    ("{tiny} --forget red", "began at the mean of several networks"),  # by its card, see below
     ("mnist --sampler ancestral --eta 1", "--eta changes nothing for mnist, sampled by ancestral"),
     ("mnist --sampler ancestral --steps 100", "--steps changes nothing"),
     ("mnist-unconditional --forget 1 --guidance 3", "--guidance changes nothing"),
@@ -479,7 +484,7 @@ def test_flags_that_would_change_nothing_or_lose_everything_are_refused_before_t
     monkeypatch.chdir(ROOT)
     words = words.format(tiny=tmp_path / "tiny.safetensors")
     if "tiny" in words:
-        save_unet(load_stable_diffusion("tiny-sd").unet, tmp_path / "tiny.safetensors", sd="tiny-sd")
+        save_unet(load_stable_diffusion("tiny-sd").unet, tmp_path / "tiny.safetensors", sd="tiny-sd", teacher=None)
     with pytest.raises(SystemExit) as exit:
         evaluation.main(evaluation.parse(evaluation.Config, "", None, words.split()))
     assert exit.value.code == 2 and says in capsys.readouterr().err

@@ -70,7 +70,8 @@ def test_a_file_that_is_no_inception_is_refused(tmp_path, weights):
     (tmp_path / "damaged.pth").write_bytes(weights.read_bytes()[:1000])
     torch.save({"fc.weight": torch.zeros(1008, 2048)}, tmp_path / "other.pth")
     torch.save({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "shape.pth")
-    for name in ("damaged", "other", "shape"):
+    (tmp_path / "empty.pth").write_bytes(b"")  # as a download that broke off leaves it
+    for name in ("damaged", "other", "shape", "empty"):
         with pytest.raises(ValueError, match="does not hold the FID Inception"):
             inception.load_inception(tmp_path / f"{name}.pth")
 
@@ -213,6 +214,7 @@ def test_an_unconditional_checkpoint_is_measured_with_all_its_images(files, caps
     ("mnist --classifier none", "--features inception"),
     ("twenty.safetensors --features inception --data data", "ten classes, not 20"),  # not scored against CIFAR-10
     ("generator.safetensors --classifier classifier.safetensors --data data", "for --features inception; leave it out"),
+    ("generator.safetensors --classifier classifier.safetensors --statistics nowhere", "--statistics changes nothing"),
     ("generator.safetensors", "--classifier none"),  # the MNIST classifier cannot read it
     ("generator.safetensors --features inception --data data --teacher mnist", "unlike generator.safetensors"),
     ("unlearned.safetensors --classifier classifier.safetensors --forget 1", "need --features inception"),

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import TINY, random_unet
+from conftest import ROOT, TINY, random_unet
 from safetensors.torch import save_file
 
 from unet import (
@@ -17,6 +17,7 @@ from unet import (
     load_unet,
     save_unet,
     sinusoidal_embedding,
+    weights_path,
     write_tensors,
 )
 
@@ -327,3 +328,12 @@ def test_files_that_are_not_ours_are_refused(tiny, tmp_path):
             load_unet(tmp_path / f"{name}.safetensors")
     with pytest.raises(FileNotFoundError, match="shipped name"):
         load_unet("no-such-teacher")
+
+
+def test_a_path_is_never_taken_for_a_shipped_name(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert weights_path("mnist").parent == ROOT / "weights" and weights_path("tiny-sd/posterior").is_file()
+    save_unet(tiny, tmp_path / "folder.safetensors")
+    for path in ("./mnist", "tiny-sd/../mnist", tmp_path / "folder", ROOT / "weights/mnist"):
+        with pytest.raises(FileNotFoundError, match="shipped name"):
+            weights_path(path)

@@ -433,6 +433,8 @@ def test_no_pixel_of_another_class_of_mnist_matters(tmp_path):
     assert {((x + 1) * 127.5).round().to(torch.uint8).numpy().tobytes() for x in a} == expected
     few, origin = undesired_images(tmp_path / "a", [3, 4], (1, 28, 28), n=5)
     assert len(few) == 5 and "5 images" in origin
+    write_png(torch.zeros(3, 40, 40, dtype=torch.uint8), str(tmp_path / "a/screenshot.png"))  # it is none of the data set
+    assert torch.equal(undesired_images(tmp_path / "a", [3], (1, 28, 28))[0], a)
 
 
 def test_tiny_imagenet_opens_no_picture_of_another_class(tmp_path):
