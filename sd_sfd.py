@@ -61,6 +61,7 @@ from concepts import (
     without,
 )
 from eval import table
+from record import checksum
 from run import Run, choose_amp, choose_device, linear_decay, option, parse, refusing
 from samples import generate, guided_sampler
 from stable_diffusion import load_stable_diffusion
@@ -380,7 +381,8 @@ def main(config):
     run.state.clear()  # the optimizers: pictures need the memory
     metrics = {"nfe": 1, "forget": concept, "training_seconds": run.seconds}
     if run.rank == 0:
-        card = dict(method="SFD", forget=concept, mode=config.mode, sd=config.sd, steps=config.steps, seed=config.seed)
+        card = dict(method="SFD", forget=concept, mode=config.mode, sd=config.sd, teacher_sha256=checksum(teacher.path),
+                    steps=config.steps, seed=config.seed)
         save_unet(generator, run.folder / "generator.safetensors", t_init=config.t_init, **card)
         save_unet(fake_score, run.folder / "fake_score.safetensors", what="fake score", **card)
 

@@ -55,8 +55,8 @@ def read_pair(config, teacher):
     if run != other:
         raise ValueError(f"{' and '.join(flags.values())} are not of one run, by their cards")
     if not made_from(run, teacher):
-        raise ValueError(f"{config.init_generator} was distilled from {run['teacher']}, not {config.teacher} as it is "
-                         f"now{instead}")
+        its = run.get("teacher") or run["sd"]
+        raise ValueError(f"{config.init_generator} was distilled from {its} as it was then, another teacher{instead}")
     return generator, fake_score
 
 

@@ -528,7 +528,7 @@ BAD = [
     (["--teacher", "unconditional.safetensors"], "class-conditional teacher"),
     (["--teacher", "rgb.safetensors", "--preset", "mnist-one-stage"], "--classifier none"),
     (["--teacher", "rgb.safetensors"], "--preset mnist-one-stage begins with the teacher itself"),
-    (["--teacher", "another/mnist.safetensors"], "was distilled from mnist, not another/mnist.safetensors"),
+    (["--teacher", "another/mnist.safetensors"], "was distilled from mnist as it was then, another teacher; --preset"),
     (["--teacher", "mnist-distilled"], "is a one-step generator, no teacher"),
     (["--steps", "-3"], "at least 0"),
     (["--batch-size", "0"], "at least 1"),

@@ -16,7 +16,7 @@ import sd_sfd
 from concepts import contains
 from run import Run, parse
 from sd_sfd import Config, fake_score_loss, generator_loss, one_step, read_concept, total, train
-from stable_diffusion import load_stable_diffusion
+from stable_diffusion import load_stable_diffusion, save_stable_diffusion
 from unet import UNet, VPSchedule, load_unet
 
 SCHEDULE = VPSchedule.scaled_linear()
@@ -536,3 +536,9 @@ def test_two_stages_start_from_the_files_of_plain_distillation(sd_folder, tmp_pa
     for name in ("generator", "fake_score"):
         first, second = (load_unet(tmp_path / d / f"{name}.safetensors").state_dict() for d in ("first", "second"))
         assert all(torch.equal(first[k], v) for k, v in second.items()), name
+    other = load_stable_diffusion(sd_folder)
+    torch.nn.init.ones_(other.unet.conv_in.bias)
+    save_stable_diffusion(other, tmp_path / "other")
+    words = words_for(sd_folder, "third", init).replace(str(sd_folder), str(tmp_path / "other"), 1)
+    done = inside(words, tmp_path)
+    assert done.returncode == 2 and "another teacher" in done.stderr and not (tmp_path / "third").exists()
