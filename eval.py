@@ -337,7 +337,7 @@ def main_of_concepts(config, unet, kind, device):
     with refusing():
         folder = unet.card.get("sd", "tiny-sd")
         if unet.card.get("teacher", folder) is None:
-            raise ValueError(f"{config.checkpoint} began at the mean of several networks; its pictures are not at hand")
+            raise ValueError(f"{config.checkpoint} began at a mean of several networks, which left no pictures")
         sd = load_stable_diffusion(folder).to(device)
         concept = unet.card.get("forget", "none") if config.forget == "auto" else config.forget.replace(",", " ")
         if sd.unet.config != unet.config or sd.unet.image_shape != (4, 8, 8):

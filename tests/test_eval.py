@@ -461,7 +461,7 @@ def test_parse_classes_refuses(text):
     ("mnist-distilled --steps 5", "--steps changes nothing"),
     ("mnist-distilled --teacher mnist --steps 5", "--steps changes nothing"),  # its numbers are at hand
     ("mnist-distilled --teacher weights/mnist.safetensors --steps 5", "--steps changes nothing"),  # the same file
-    ("{tiny} --forget red", "began at the mean of several networks"),  # by its card, see below
+    ("{tiny} --forget red", "began at a mean of several networks"),  # by its card, see below
     ("mnist --sampler ancestral --eta 1", "--eta changes nothing for mnist, sampled by ancestral"),
     ("mnist --sampler ancestral --steps 100", "--steps changes nothing"),
     ("mnist-unconditional --forget 1 --guidance 3", "--guidance changes nothing"),
