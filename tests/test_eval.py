@@ -340,7 +340,7 @@ def test_statistics_made_with_another_classifier_are_refused(tmp_path):
         Judge(load_unet("mnist"), str(tmp_path / "other.safetensors"))
 
 
-def test_so_are_those_of_pictures_and_those_that_lack_something(tmp_path, monkeypatch):
+def test_statistics_of_pictures_are_refused_likewise_and_those_that_lack_something(tmp_path, monkeypatch):
     assert len(load_concept_statistics()) == 4 and ConceptJudge().statistics["train"][0].shape == (10, 128)
     other = tmp_path / "other.safetensors"
     tensors, facts = read_tensors("mnist-classifier", "classifier")
