@@ -29,7 +29,7 @@ def open_dataset(name, folder, **split):
                           f"({error})") from None
 
 
-def mnist(folder, train):
+def mnist(folder, train=True):
     """Images (60000 or 10000, 1, 28, 28) and labels."""
     data = open_dataset("MNIST", folder, train=train)
     return data.data[:, None] / 127.5 - 1, data.targets

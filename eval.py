@@ -62,10 +62,10 @@ from metrics import (  # noqa: F401 (the same)
 )
 from record import check_out, checksum, command, commit, machine, write_json
 from run import choose_amp, choose_device, option, parse, refusing
-from samples import balanced_labels, generate, sampler_of, unconditional_sampler
+from samples import balanced_labels, generate, guided_sampler, sampler_of, unconditional_sampler
 from stable_diffusion import load_stable_diffusion
 from teachers import load_teacher, made_from
-from unet import VPSchedule, ddim_sample, load_unet, weights_path
+from unet import VPSchedule, load_unet, weights_path
 
 # ---------------------------------------------------------------------------- classes
 
@@ -348,16 +348,13 @@ def main_of_concepts(config, unet, kind, device):
             raise ValueError("--sampler ancestral is for images; the tiny model's latents are sampled with ddim")
         teacher = load_concept_statistics(Path(folder) / "statistics.safetensors" if folder != "tiny-sd" else
                                           "tiny-sd/statistics")  # what this model draws, as pretrain.py left it there
-    with torch.no_grad():
-        nothing = sd.embed([""])
-    one_step, guidance = sampler_of(unet, sd.schedule, kind)[0], config.guidance or 4.5
-
-    def sample(z, c, noise):
-        latents = one_step(z, c, noise) if kind == "one-step" else ddim_sample(
-            unet, sd.schedule, z, c, config.steps, config.eta, guidance, False, noise, nothing)
-        return sd.vae.decode(latents)
-
-    calls = 1 if kind == "one-step" else config.steps * (1 if guidance == 1 else 2)
+    if kind == "one-step":
+        draw, calls = sampler_of(unet, sd.schedule, kind)
+        sample = lambda z, c, noise: sd.vae.decode(draw(z, c, noise))
+    else:
+        guidance = config.guidance or 4.5
+        sample = guided_sampler(sd, unet, steps=config.steps, guidance=guidance, eta=config.eta)
+        calls = config.steps * (1 if guidance == 1 else 2)
     result = evaluate_concept(sample, sd, ConceptJudge().to(device), "" if concept == "none" else concept,
                               config.per_pair, config.seed, teacher, calls)
     show(config, result, concept, kind, device)

@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from record import checksum
-from unet import read_tensors, weights_path
+from unet import load_network, read_tensors, weights_path
 
 # ---------------------------------------------------------------------------- classifiers
 
@@ -68,14 +68,10 @@ class ResNet34(nn.Module):
 
 def load_classifier(name="mnist-classifier"):
     """The classifier in evaluation mode: a shipped name or a .safetensors path. ValueError if it is none."""
-    tensors, facts = read_tensors(name, "classifier")
-    try:
-        network = {"Classifier": Classifier, "ResNet34": ResNet34}[facts.get("network", "Classifier")]
-        classifier = network(**facts["config"])
-        classifier.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{name} does not hold the classifier that it says: {str(error).splitlines()[0]}") from None
-    return classifier.eval()
+    def build(facts):
+        return {"Classifier": Classifier, "ResNet34": ResNet34}[facts.get("network", "Classifier")](**facts["config"])
+
+    return load_network(name, "classifier", build)[0]
 
 
 def load_statistics(name="mnist-statistics"):

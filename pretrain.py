@@ -39,15 +39,15 @@ from record import checksum, commit, launcher, machine, write_json
 from run import MAY_CHANGE, Run, option, parse, refuse, refusing, warm_up_and_down
 from stable_diffusion import Autoencoder, load_stable_diffusion, save_stable_diffusion
 from teachers import load_teacher
-from unet import UNet, VPSchedule, load_unet, read_tensors, save_unet, write_tensors
+from unet import UNet, VPSchedule, load_network, load_unet, save_unet, write_tensors
 from vdu import posterior
 
 MNIST = dict(
     image_size=28, in_channels=1, channels=16, multipliers=(1, 2, 4), blocks=1, attention_at=(), dropout=0.0, groups=1
 )
 TEACHERS = {  # what -> the configuration of its U-Net, and its images
-    "mnist": (MNIST | dict(num_classes=10), lambda folder: mnist(folder, train=True)),
-    "mnist-unconditional": (MNIST, lambda folder: mnist(folder, train=True)),
+    "mnist": (MNIST | dict(num_classes=10), mnist),
+    "mnist-unconditional": (MNIST, mnist),
     "cifar10": (dict(num_classes=10), cifar10),  # the official configuration is the U-Net's own default
     "stl10": (dict(num_classes=10, image_size=64, multipliers=(1, 2, 2, 2, 4)), stl10),
 }
@@ -55,8 +55,6 @@ TEACHERS = {  # what -> the configuration of its U-Net, and its images
 # ---------------------------------------------------------------------------- config
 
 DATA = {"mnist": "MNIST", "tiny": "MNIST, painted in six colours", "cifar10": "CIFAR-10", "stl10": "STL-10"}
-ALONE = {"mnist-classifier", "cifar10-classifier", "stl10-classifier", "mnist-statistics", "tiny-sd-autoencoder",
-         "tiny-sd", "tiny-sd-posterior"}  # what is made in one process
 POSTERIORS = ("mnist-posterior", "cifar10-posterior")  # of unconditional teachers
 BEGINNING = "runs/pretrain-mnist-unconditional/mnist-unconditional.safetensors"
 AUTOENCODER = "runs/pretrain-tiny-sd-autoencoder/tiny-sd-autoencoder.safetensors"
@@ -362,14 +360,8 @@ def make_tiny_autoencoder(config, run):
 
 
 def read_autoencoder(source):
-    """The autoencoder that `make_tiny_autoencoder` left. Errors as in `load_unet`."""
-    tensors, facts = read_tensors(source, "autoencoder")
-    try:
-        vae = Autoencoder(**facts["config"])
-        vae.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{source} does not hold the autoencoder that it says: {str(error).splitlines()[0]}") from None
-    return vae
+    """The autoencoder that `make_tiny_autoencoder` left. Errors as in `load_network`."""
+    return load_network(source, "autoencoder", lambda facts: Autoencoder(**facts["config"]))[0]
 
 
 def make_tiny_sd(config, run):
@@ -433,7 +425,7 @@ def check_beginning(config):
 
 
 def main(config):
-    if config.what in ALONE and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if config.what not in (*TEACHERS, *POSTERIORS) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         refuse(f"{config.what} is made in one process; run it without torchrun")
     if config.what.endswith("-posterior") and (config.steps == 0 or config.steps % config.checkpoints):
         refuse(f"--steps {config.steps}: --checkpoints {config.checkpoints} networks share them; give a multiple")

@@ -88,14 +88,14 @@ def image_grid(images, labels, path, title, forget=(), seen=None):
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
-def guided_sampler(sd, unet, autocast=contextlib.nullcontext, steps=50, guidance=4.5):
+def guided_sampler(sd, unet, autocast=contextlib.nullcontext, steps=50, guidance=4.5, eta=0.0):
     """How a text-to-image model is drawn from with `unet` in place of its own: (z, c, noise) -> pictures, by DDIM."""
     with torch.no_grad():
         nothing = sd.embed([""])
 
     def sample(z, c, noise=None):
         with autocast():
-            latents = ddim_sample(unet, sd.schedule, z, c, steps, guidance=guidance, x0_clip=False, null=nothing)
+            latents = ddim_sample(unet, sd.schedule, z, c, steps, eta, guidance, False, noise, nothing)
         return sd.vae.decode(latents.float())
 
     return sample

@@ -20,6 +20,7 @@ Glossary. Labels (D1) to (D3) and (L1) are this project's own; they stand on the
     c          c            what the image should show: nothing, a class label, (B,), or a text embedding, (B, L, D)
     guidance   k            how far beyond "nothing said", "", to go towards c; 1 is none     (L1)
 """
+import functools
 import json
 import math
 import os
@@ -282,11 +283,10 @@ class UNet(nn.Module):
         emb, text = self.embed(t, c), c if self.text_dim is not None else None
 
         def apply(block, attention, h):
-            def both(h):
-                return attention(block(h, emb), text)
-            again = self.gradient_checkpointing and torch.is_grad_enabled()
-            return checkpoint(both, h, use_reentrant=False) if again else both(h)
+            return attention(block(h, emb), text)
 
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            apply = functools.partial(checkpoint, apply, use_reentrant=False)
         h = self.conv_in(x)
         skips = [h]
         for level in self.down:
@@ -364,24 +364,10 @@ def ddim_sample(unet, schedule, z, c=None, steps=50, eta=0.0, guidance=1.0, x0_c
     return x
 
 
-@torch.no_grad()
 def ancestral_sample(unet, schedule, z, c=None, guidance=1.0, x0_clip=True, noise=None, null=None):
-    """Images from noise by Ho et al.'s own sampler: x_{t-1} ~ q(x_{t-1} | x_t, x0_hat), one call for each of T steps.
-
-    Arguments and result as in `ddim_sample`. The variance is the posterior's ("fixed small").
-    """
-    noise = noise or (lambda shape: torch.randn(len(z), *shape, device=z.device))
-    x = z
-    for i in reversed(range(schedule.T)):
-        t = torch.full((len(z),), i, device=z.device)
-        x0 = schedule.predict_x0(x, guided_noise(unet, x, t, c, guidance, null), t)  # (D3)
-        x0 = x0.clamp(-1, 1) if x0_clip else x0
-        beta, abar = schedule.betas[i], schedule.alphas_cumprod[i]
-        abar_next = schedule.alphas_cumprod[i - 1] if i > 0 else torch.ones_like(abar)
-        mean = (abar_next.sqrt() * beta * x0 + (1 - beta).sqrt() * (1 - abar_next) * x) / (1 - abar)
-        variance = beta * (1 - abar_next) / (1 - abar)
-        x = mean if i == 0 else mean + variance.sqrt() * noise(z.shape[1:]).to(z.device)
-    return x
+    """Images from noise by Ho et al.'s own sampler: x_{t-1} ~ q(x_{t-1} | x_t, x0_hat), one call for each of T steps,
+    with the posterior's variance ("fixed small"). That is DDIM at eta 1 without a step left out."""
+    return ddim_sample(unet, schedule, z, c, schedule.T, 1.0, guidance, x0_clip, noise, null)
 
 
 # ---------------------------------------------------------------------------- weights on disk
@@ -442,17 +428,22 @@ def save_unet(unet, path, **card):
     write_tensors(path, "U-Net", unet.state_dict(), config=unet.config, card=card)
 
 
+def load_network(source, kind, build):
+    """A network of this `kind` in evaluation mode, on the CPU, and the facts of its file. build: facts -> the network,
+    with weights still its own. Errors as in `read_tensors`, and ValueError when the tensors do not fit it."""
+    tensors, facts = read_tensors(source, kind)
+    try:
+        network = build(facts)
+        network.load_state_dict(tensors)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{source} does not hold the {kind} that it says: {str(error).splitlines()[0]}") from None
+    return network.eval(), facts
+
+
 def load_unet(source):
     """A U-Net in evaluation mode, on the CPU. source: a shipped name ("mnist") or the path of a .safetensors file.
 
-    Errors as in `read_tensors`, and ValueError when the tensors do not fit their configuration. The card comes along
-    as `unet.card`, the file as `unet.path`.
-    """
-    tensors, facts = read_tensors(source, "U-Net")
-    try:
-        unet = UNet(**facts["config"])
-        unet.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{source} does not hold the U-Net that it says: {str(error).splitlines()[0]}") from None
+    Errors as in `load_network`. The card comes along as `unet.card`, the file as `unet.path`."""
+    unet, facts = load_network(source, "U-Net", lambda facts: UNet(**facts["config"]))
     unet.card, unet.path = facts.get("card", {}), weights_path(source)
-    return unet.eval()
+    return unet

@@ -129,7 +129,7 @@ def few_calls(monkeypatch):
     def short(unet, schedule, z, c=None, steps=50, *rest, **words):
         return ddim_sample(unet, schedule, z, c, min(steps, 4), *rest, **words)
 
-    for module in map(importlib.import_module, ("ddpm_sfd", "eval", "mnist_statistics", "samples", "vdu")):
+    for module in map(importlib.import_module, ("ddpm_sfd", "mnist_statistics", "samples", "vdu")):
         monkeypatch.setattr(module, "ddim_sample", short)
 
 

@@ -585,7 +585,7 @@ def test_the_command_samples_the_tiny_model_with_guidance_in_its_latents(tmp_pat
         seen.append(words)
         return words[2]
 
-    monkeypatch.setattr(evaluation, "ddim_sample", spy)
+    monkeypatch.setattr("samples.ddim_sample", spy)
     out = tmp_path / "a.json"
     evaluation.main(evaluation.Config(str(tmp_path / "unet.safetensors"), per_pair=1, steps=7, device="cpu", out=str(out)))
     _, _, _, _, steps, eta, guidance, x0_clip, _, null = seen[0]

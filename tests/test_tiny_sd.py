@@ -110,15 +110,15 @@ def test_the_guided_sampler_asks_the_network_that_it_is_given(monkeypatch):
     sd, seen = load_stable_diffusion("tiny-sd"), []
     other, c = copy.deepcopy(sd.unet), sd.embed(["red"])
 
-    def spy(unet, schedule, z, c, steps, **words):
-        seen.append((unet, schedule, c, steps, words))
+    def spy(unet, schedule, z, *words):
+        seen.append((unet, schedule, *words))
         return z
 
     monkeypatch.setattr("samples.ddim_sample", spy)
-    guided_sampler(sd, other, steps=7, guidance=2.0)(torch.randn(1, 4, 8, 8), c)
-    [(unet, schedule, asked, steps, words)] = seen
-    assert unet is other and schedule is sd.schedule and asked is c and steps == 7
-    assert words["guidance"] == 2.0 and words["x0_clip"] is False and torch.equal(words["null"], sd.embed([""]))
+    guided_sampler(sd, other, steps=7, guidance=2.0, eta=0.5)(torch.randn(1, 4, 8, 8), c)
+    [(unet, schedule, asked, steps, eta, guidance, x0_clip, _, null)] = seen
+    assert unet is other and schedule is sd.schedule and asked is c
+    assert (steps, eta, guidance, x0_clip) == (7, 0.5, 2.0, False) and torch.equal(null, sd.embed([""]))
 
 
 def test_each_latent_is_trained_under_a_prompt_of_its_pair_or_none(tmp_path, data, monkeypatch):  # noqa: F811
