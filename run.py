@@ -293,7 +293,7 @@ class Run:
         self.scaler.unscale_(optimizer)
         gradients = [p.grad for p in network.parameters() if p.grad is not None]
         loss_is_finite, *finite = torch.stack([total, *torch._foreach_norm(gradients)]).isfinite().tolist()
-        if not loss_is_finite:
+        if self.any_process(not loss_is_finite):  # all stop, or none: the others would wait for this one
             self.stop(name)
         if not all(finite) and (not self.scaler.is_enabled() or self.scaler.get_scale() < 2**-10):  # no mere overflow
             self.stop(f"the gradient of {name}")

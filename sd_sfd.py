@@ -291,6 +291,8 @@ def train(config, run, teacher, schedule, prompts, look=None, generator=None, fa
     def draw_t_and_noise(x):
         return torch.randint(config.t_min, config.t_max, (len(x),), device=x.device), torch.randn_like(x)
 
+    drawn = None  # the generator's latents, those of the last update
+
     def fake_score_losses():
         for _ in range(config.accumulate):
             c, _, z = draw()
@@ -304,6 +306,7 @@ def train(config, run, teacher, schedule, prompts, look=None, generator=None, fa
             yield total(loss, n_retained, config.lambda_fake_score) / config.accumulate  # (S5)
 
     def generator_losses():
+        nonlocal drawn
         for _ in range(config.accumulate):
             c, c_teacher, z = draw()
             with run.autocast():
@@ -312,10 +315,9 @@ def train(config, run, teacher, schedule, prompts, look=None, generator=None, fa
             with run.autocast():
                 loss = generator_loss(teacher, fake_score, x_g, t, c_teacher, c, nothing_teacher, nothing, noise,
                                       schedule, config.alpha, config.k_teacher, config.k_fake)  # (S3)
-            latest[:] = [x_g.detach()[n_retained:]]
+            drawn = x_g.detach()
             yield total(loss, n_retained, lambda_theta) / config.accumulate  # (S5)
 
-    latest = []  # the latents of forget prompts that were drawn last
     for _ in run.loop(state, label="SFD"):
         # 1. the fake score learns the generator's distribution; dropout is active only in what is being trained
         generator.eval()
@@ -330,8 +332,11 @@ def train(config, run, teacher, schedule, prompts, look=None, generator=None, fa
             ema.update_parameters(generator)
         for decay in decays:
             decay.step()
+
         numbers = {"loss_psi": loss_psi, "loss_theta": loss_theta}
-        run.log(**numbers, **({"ua": look(*latest)} if look and n_forgotten else {}))
+        if look and n_forgotten:  # at the latents just drawn
+            numbers["ua"] = look(drawn[n_retained:])
+        run.log(**numbers)
     return (ema.module if ema else generator).eval(), fake_score.eval()
 
 
@@ -360,8 +365,8 @@ def main(config):
         nothing, negative = sd.embed([""]), sd.embed([negative])
 
         def embed(texts):  # a long list part by part, and not on the GPU: ten thousand texts are 2.4 GB
-            parts = (sd.embed(texts[i:i + 256]) for i in range(0, len(texts), 256))
-            return torch.cat([part.cpu() for part in (nothing[:0], *parts)])
+            parts = [sd.embed(texts[i:i + 256]).cpu() for i in range(0, len(texts), 256)]
+            return torch.cat([nothing[:0].cpu(), *parts])
 
         prompts = (embed(retained), embed(forget), embed(safe), negative, nothing)
     if config.weights == "bf16":

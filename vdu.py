@@ -218,8 +218,10 @@ def train(config, run, unet, variance, images, schedule, texts=None):
         optimizer = NaturalGradient(unet.parameters(), widths, lr=config.lr)
     else:
         optimizer = torch.optim.Adam(unet.parameters(), lr=config.lr, fused=run.fused)
-    at = run.prepare(copy.deepcopy(unet)) if config.plasticity == "tangent" else unet  # where (V3) is taken
+    at = run.prepare(copy.deepcopy(unet)) if config.plasticity == "tangent" else unet  # where (V3) is taken: mu*, theta
     network, batch = run.parallel(at), config.batch_size // run.world
+    # what (V5) mixes: sums over steps and weights, as (V3) and (V4) say, or means over pixels and weights
+    unit_A, unit_B = (config.t_max - config.t_min, 1) if config.reduction == "sum" else (1 / pixels, 1 / weights)
     images = images.to(run.device)
 
     def draw(n):
@@ -243,13 +245,12 @@ def train(config, run, unet, variance, images, schedule, texts=None):
         x0, t, noise, c = draw(batch)
         with run.autocast():
             A = plasticity_inducer(network, x0, t, noise, schedule, c, config.weighting)  # (V3)
-        A = tangent(A, at, unet, mean) if config.plasticity == "tangent" else A.mean()  # (V6)
-        B = stability_regularizer(unet, mean, variance)  # (V4)
-        A, B = (A / pixels, B / weights) if config.reduction == "mean" else ((config.t_max - config.t_min) * A, B)
+        A = unit_A * (tangent(A, at, unet, mean) if config.plasticity == "tangent" else A.mean())  # (V6)
+        B = unit_B * stability_regularizer(unet, mean, variance)  # (V4)
         loss = (1 - config.gamma) * A + config.gamma * B  # (V5) L = (1 - gamma) A + gamma B
         run.update("loss", loss, unet, optimizer)
         growth = probe_error() / error_at_mean
-        run.enough = run.any_process(config.stop_at and growth >= config.stop_at)
+        run.enough = run.any_process(run.rank == 0 and config.stop_at and growth >= config.stop_at)  # 0's probe for all
         run.log(plasticity=A, stability=B, growth=growth)
     return unet.eval()
 

@@ -364,6 +364,16 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_the_step(tmp
     assert torch.equal(before, net.weight.data)
 
 
+def test_a_loss_that_is_not_finite_in_another_process_stops_this_one_too(tmp_path, capsys, monkeypatch):
+    """With fp16 this one would take it for an overflow, go on, and wait for the other."""
+    run, net = Run(Config(out=str(tmp_path / "run")), ""), torch.nn.Linear(2, 1)
+    next(run.loop({}))
+    monkeypatch.setattr(run, "any_process", lambda flag: True)
+    with pytest.raises(SystemExit):
+        run.update("loss_psi", net.weight.sum(), net, torch.optim.SGD(net.parameters(), lr=1.0))
+    assert "error: loss_psi is not finite at step 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("scale, stops", [(65536.0, False), (0.5, False), (2.0**-11, True)])
 def test_with_fp16_an_overflow_is_skipped_but_a_gradient_that_is_never_finite_stops_the_run(tmp_path, scale, stops):
     run = Run(Config(out=str(tmp_path / "run")), "")
