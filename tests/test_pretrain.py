@@ -1,6 +1,9 @@
 """The commands that make weights/, on a data set of forty images that look like MNIST on disk."""
 
+import importlib
 import json
+import shlex
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -63,6 +66,21 @@ def test_jitter_moves_the_image_within_black(data):
     assert 0.75 < mass.min() and mass.max() < 1.3  # 10% of scale is 20% of area
     centre = ((out + 1) * torch.arange(28)).sum((1, 2, 3)) / (out + 1).sum((1, 2, 3))
     assert centre.std() > 0.3 and (centre - 13.5).abs().max() < 2
+
+
+CARDS = sorted(path for path in (ROOT / "weights").rglob("*.json") if "sha256" in path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
+def test_the_command_on_a_shipped_card_still_means_the_settings_on_it(path):
+    """Where a default or a preset has changed since, the command needs a flag."""
+    card = json.loads(path.read_text(encoding="utf-8"))
+    words = shlex.split(card["command"].split("&&")[-1])
+    module = importlib.import_module(words[1].removesuffix(".py"))
+    config = asdict(parse(module.Config, module.__doc__, module.PRESETS, words[2:]))
+    of_no_weight = {"save_every", "snapshot_every", "eval_images"} | ({"per_class"} if path.stem != "mnist-statistics" else set())
+    changed = {name for name, value in card["config"].items() if config.get(name) != value}
+    assert changed <= of_no_weight, changed
 
 
 def test_the_teacher_command_leaves_weights_and_a_card(tmp_path, data):
