@@ -37,7 +37,7 @@ Glossary. The labels stand on the lines that do them; (D1) to (D3) and (L1) are 
     f_phi, f_psi                   the clean images that teacher, guided, and fake score predict from x_t (D3)
     guidance, k         k          the teacher is asked with classifier-free guidance, eps_phi^k = eps_phi(x_t, t) +
                                    k (eps_phi(x_t, t, c') - eps_phi(x_t, t)); k = 1: eps_phi itself           (L1)
-    alpha               alpha      how much of the difference f_phi - f_psi the second factor takes back   (S3)
+    alpha               alpha      how much of one form of their divergence is taken off its other form    (S3)
     w                   w          the generator loss's weight, one for each image                   (S4)
     lambda_*            lambda     the weight of the forgotten class beside the retained ones; may fall (S5)
 
@@ -50,7 +50,7 @@ from dataclasses import dataclass
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from eval import evaluate, parse_classes, table
+from eval import check_forget, evaluate, parse_classes, table
 from features import Judge
 from record import checksum
 from run import Run, linear_decay, option, parse, refusing
@@ -70,7 +70,7 @@ PRESETS = {
     "mnist": {},  # the defaults below: two stages, the first of which is done; weights/mnist-distilled is what it left
     "mnist-one-stage": ONE_STAGE | dict(  # there is more to learn, hence larger rates; our choice, as the defaults are
         lr_generator=5e-4, lr_fake_score=2e-3, lambda_generator=0.25, lambda_fake_score=0.25, lambda_end=1.0, alpha=1.2,
-        guidance=1.2),
+        guidance=1.2, guidance_safe=1.7),
     "cifar10": OFFICIAL | dict(teacher="cifar10.safetensors"),
     "stl10": OFFICIAL | dict(teacher="stl10.safetensors", batch_size=64, forget_batch_size=64,
                              lr_fake_score=3e-5),
@@ -96,9 +96,9 @@ class Config:
                                   "distillation", low=0)
     lr_end: float = option(0.05, "share of both rates that is left at the end of a linear decay; official: 1, constant",
                            low=0, high=1)
-    alpha: float = option(1.0, "alpha of (S3); official: 1.2")
-    guidance: float = option(1.1, "k of (L1), the teacher's guidance; our choice; official: 1, none", low=0)
-    guidance_safe: float = option(1.7, "the same where the teacher is asked for the safe class; official: 1", low=0)
+    alpha: float = option(1.05, "alpha of (S3); official: 1.2")
+    guidance: float = option(1.05, "k of (L1), the teacher's guidance; our choice; official: 1, none", low=0)
+    guidance_safe: float = option(2.0, "the same where the teacher is asked for the safe class; official: 1", low=0)
     lambda_generator: float = option(0.5, "lambda of (S5) for theta; with 0.25 each of the 32 + 8 images counts alike; "
                                      "official: 0.01", low=0)
     lambda_fake_score: float = option(0.5, "lambda of (S5) for psi; official: 0.01", low=0)
@@ -148,9 +148,10 @@ def generator_loss(teacher, fake_score, x_g, t, c_teacher, c_fake, noise, schedu
     """How far apart teacher and fake score are at the generator's images x_g (B, C, H, W): one value a sample, (B,).
 
     t (B,), noise (B, C, H, W); c_teacher and c_fake (B,): c' and c; both networks: (x_t, t, c) -> the noise in x_t.
-    Gradients reach the generator through x_g wherever it stands, through both networks' inputs too. Values may be
-    negative: what matters is the gradient, an estimate of the Fisher divergence's (SiD). (Try a loss of your own with
-    --preset mnist-one-stage: the pair that the default begins with was distilled with this one.)"""
+    Gradients reach the generator through x_g wherever it stands, through both networks' inputs too. With d = f_phi -
+    f_psi, (S3) is d . (f_phi - x_g) - alpha d . d, two forms of the Fisher divergence, equal on average (but for w)
+    where f_psi is what it learns to be, the mean of x_g given x_t. So values may be negative, and at alpha 1 they lie
+    around 0: what matters is the gradient (SiD)."""
     x_t = schedule.add_noise(x_g, noise, t)  # (D1)
     f_phi = schedule.predict_x0(x_t, teacher(x_t, t, c_teacher), t)  # (D3), asked for c'
     f_psi = schedule.predict_x0(x_t, fake_score(x_t, t, c_fake), t)  # (D3), asked for c
@@ -189,9 +190,8 @@ def draw_labels(retained, forget, override, n_retained, n_forgotten):
 def read_classes(config, num_classes):
     """The command line's words as (retained, forget, override) for `draw_labels`. ValueError says what is wrong."""
     forget = parse_classes(config.forget, num_classes)
+    check_forget(forget, num_classes)
     retained = [k for k in range(num_classes) if k not in forget]
-    if not retained:
-        raise ValueError("--forget names every class; leave at least one to retain")
     if not forget and config.override != "next":
         raise ValueError(f"--override {config.override} is for a class to forget; with --forget none leave it out")
     override = None

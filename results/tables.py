@@ -136,43 +136,58 @@ def vdu_points(runs):
     return [100 * (run["confidence"] - run["teacher_confidence"]) for run in runs]
 
 
-def stages():
-    """From the teacher or in two stages, at equal digits and seeds: how many runs reach each aim, the mean and the worst."""
-    sets = {"two stages, the default": "ddpm_sfd-mnist", "one stage, from the teacher": "ddpm_sfd-mnist-one-stage"}
+def side_by_side(**sets):
+    """Sets of runs, each a folder, at the digits and seeds that they share: how many runs reach each aim, the mean and
+    the worst."""
     sets = {name: read(folder) for name, folder in sets.items()}
     common = set.intersection(*({(*run["forget"], run["seed"]) for run in runs} for runs in sets.values()))
-    lines = ["| | steps | rates, theta and psi | alpha | guidance | lambda for theta | runs | UA at least 99.5% (mean, worst) "
-             "| accuracy not below the teacher's (mean) | FID at most 1.1 times the teacher's (mean, worst) | all three |",
-             "|---" * 11 + "|"]
+    lines = ["| | steps | rates, theta and psi | alpha | guidance; towards the safe class | lambda for theta | runs "
+             "| UA at least 99.5% (mean, worst) | accuracy not below the teacher's (mean) "
+             "| FID at most 1.1 times the teacher's (mean, worst) | all three | on |", "|---" * 12 + "|"]
     for name, runs in sets.items():
         runs = [run for run in runs if (*run["forget"], run["seed"]) in common]
         config, (ratios, ua, accuracy, fid, all_three) = runs[0]["config"], aims(runs)
         uas, accuracies = [100 * run["ua"] for run in runs], [100 * run["retained_accuracy"] for run in runs]
         lines.append(f"| {name} | {config['steps']} | {config['lr_generator']:g}, {config['lr_fake_score']:g} "
-                     f"| {config['alpha']:g} | {config['guidance']:g} "
+                     f"| {config['alpha']:g} | {config['guidance']:g}; {config['guidance_safe']:g} "
                      f"| {lambdas(config, 'lambda_generator')} | {len(runs)} "
                      f"| {ua} ({mean(uas):.1f}%, {min(uas):.1f}%) | {accuracy} ({mean(accuracies):.1f}%) "
-                     f"| {fid} ({mean(ratios):.2f}, {max(ratios):.2f}) | {all_three} |")
+                     f"| {fid} ({mean(ratios):.2f}, {max(ratios):.2f}) | {all_three} | {short(runs)} |")
     return lines
 
 
-def milder():
-    """FID over the teacher's by digit, seed 1: the default and the settings (A), each on two machines, and what is half way
-    between the two, on one."""
+def short(runs):
+    """The processor and the precision, as a cell."""
+    return f"{runs[0]['machine'].split(',')[0].removesuffix(' Processor')}, {runs[0]['amp']}"
+
+
+def stages():
+    """From the teacher or in two stages."""
+    return side_by_side(**{"two stages, the default": "ddpm_sfd-mnist", "one stage, from the teacher": "ddpm_sfd-mnist-one-stage"})
+
+
+def thirty():
+    """Every digit with three seeds, at the default settings and at those of before."""
+    return side_by_side(**{"the default": "ddpm_sfd-mnist", "the default of before": "ddpm_sfd-mnist-alpha-1"})
+
+
+def alphas():
+    """FID over the teacher's by digit, seed 1, at three settings of alpha and guidance, each on two machines."""
     trials = json.loads((HERE / "trials-wider.json").read_text())["from_the_pair_that_ships"]
-    sets = {"the default": [run for run in read("ddpm_sfd-mnist") if run["seed"] == 1],
-            "the default, another machine": read("ddpm_sfd-mnist-avx2"),
-            "(A)": [run for run in trials if "ua" in run],
-            "(A), another machine": read("ddpm_sfd-mnist-milder"),
-            "half way, another machine": read("ddpm_sfd-mnist-between")}
-    lines = ["| FID over the teacher's, without |" + "".join(f" {k} |" for k in range(10))
+    sets = [("1; 1.1; 1.7", [run for run in read("ddpm_sfd-mnist-alpha-1") if run["seed"] == 1]),
+            ("1; 1.1; 1.7", read("ddpm_sfd-mnist-alpha-1-avx2")),
+            ("**1.05; 1.05; 2**", [run for run in read("ddpm_sfd-mnist") if run["seed"] == 1]),
+            ("**1.05; 1.05; 2**", read("ddpm_sfd-mnist-avx2")),
+            ("1.1; 1.05; 2 (A)", [run for run in trials if "ua" in run]),
+            ("1.1; 1.05; 2 (A)", read("ddpm_sfd-mnist-alpha-1.1-avx2"))]
+    lines = ["| alpha; guidance; towards the safe class |" + "".join(f" without {k} |" for k in range(10))
              + " mean | lowest UA, % | retained accuracy, % (lowest) | on |", "|---" * 15 + "|"]
-    for name, runs in sets.items():
+    for name, runs in sets:
         ratios = {int(run["command"].split()[3]): run["fid"] / run["teacher_fid"] for run in runs}  # .. --forget 7 ..
         accuracies = [100 * run["retained_accuracy"] for run in runs]
         lines.append(f"| {name} |" + "".join(f" {ratios[k]:.2f} |" for k in range(10))
                      + f" {mean(ratios.values()):.2f} | {100 * min(run['ua'] for run in runs):.1f} "
-                     f"| {mean(accuracies):.1f} ({min(accuracies):.1f}) | {runs[0]['machine'].split(',')[0]}, {runs[0]['amp']} |")
+                     f"| {mean(accuracies):.1f} ({min(accuracies):.1f}) | {short(runs)} |")
     return lines
 
 
@@ -377,7 +392,7 @@ def speed():
 
 PAGES = {
     HERE.parent / "README.md": {"glance": glance, "all-classes": all_classes, "speed": speed},
-    HERE / "README.md": {"stages": stages, "one-stage-or-two": one_stage_or_two, "milder": milder, "concepts": concepts,
+    HERE / "README.md": {"stages": stages, "one-stage-or-two": one_stage_or_two, "thirty": thirty, "alphas": alphas, "concepts": concepts,
                          "vdu": vdu, "vdu-settings": vdu_settings, "step-time": step_time, "sampling": sampling},
 }
 

@@ -108,6 +108,23 @@ def test_generator_loss_is_still_where_the_scores_agree(tiny):
         assert (gradient.abs().max() > 1e-3) == moves
 
 
+def test_both_forms_of_the_divergence_are_equal_on_average_where_the_fake_score_is_exact():  # (S3)
+    """x_g is Gaussian, of mean 0.3 and deviation 0.5, so that its best denoiser is known; the teacher's data lie elsewhere."""
+    def exact(mean, deviation):
+        def predict(x_t, t, c):
+            a, s = SCHEDULE.a(t), SCHEDULE.s(t)
+            return s * (x_t - a * mean) / (a**2 * deviation**2 + s**2)
+        return predict
+
+    x_g, noise = 0.3 + 0.5 * torch.randn(2000, 1, 16, 16), torch.randn(2000, 1, 16, 16)
+    t, c = torch.randint(100, 712, (2000,)), torch.zeros(2000, dtype=torch.long)
+    first, both = (generator_loss(exact(-0.2, 0.7), exact(0.3, 0.5), x_g, t, c, c, noise, SCHEDULE, alpha).mean()
+                   for alpha in (0.0, 1.0))
+    assert first > 10 and both.abs() < 0.02 * first
+    wrong = generator_loss(exact(-0.2, 0.7), exact(0.2, 0.5), x_g, t, c, c, noise, SCHEDULE, 1.0).mean()
+    assert wrong.abs() > 0.1 * first
+
+
 def test_weight_is_clamped_where_the_teacher_agrees_with_the_image():  # (S4)
     x, noise, t, c, _ = tensors(*case())
 
