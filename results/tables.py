@@ -319,9 +319,9 @@ def one_stage_or_two():
 
 
 def step_time():
-    """One row a file of benchmarks/step_time.py; a GPU's, or a CPU's in float32, says what it is."""
+    """One row a file of benchmarks/step_time.py."""
     lines = [
-        "| network | batch | plain float32, two passes | `ddpm_sfd.py` | times as fast | images a second "
+        "| network, machine, precision of ours | batch | plain float32, two passes | `ddpm_sfd.py` | times as fast | images a second "
         "| share of the chip's peak | peak memory, plain → ours |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -332,9 +332,8 @@ def step_time():
 
     for r in sorted(runs, key=on_gpu):
         memory, batch, share = r["peak_memory_bytes"], r["batch"], r.get("share_of_peak")
-        name, precision = r["network"], r["precision"].removeprefix("torch.")
-        if on_gpu(r) or precision == "float32":
-            name += f", {r['machine'].split(',')[0]}, {precision}{', compiled' * r['compiled']}"
+        name = f"{r['network']}, {r['machine'].split(',')[0].replace('(R)', '').removesuffix(' Processor')}"
+        name += f", {r['precision'].removeprefix('torch.')}{', compiled' * r['compiled']}"
         name += f" ({r['note']})" if "note" in r else ""
         lines.append(
             f"| {name} | {batch[0]} + {batch[1]}, {len(r['seconds']['ours'])} steps "
@@ -344,16 +343,11 @@ def step_time():
         )
     if not any(map(on_gpu, runs)):
         lines.append("| cifar10 on a CUDA GPU | 128 + 128 |" + " not measured |" * 6)
-    cpu = {}  # what ran on it -> its networks
-    for r in runs:
-        if not on_gpu(r):
-            cpu.setdefault(f"{r['machine']}, ours in {r['precision'].removeprefix('torch.')}", []).append(r["network"])
-    cpu = "; ".join(f"{' and '.join(networks)}, {what}" for what, networks in cpu.items())
     return [
         *lines,
         "",
-        "Median over the timed steps (their times are in the JSON), both loops in turn in one process. On the CPU: "
-        f"{cpu}. Memory, in a process of its own each: resident set of the process, torch included; on a GPU what is "
+        "Median over the timed steps (their times are in the JSON), both loops in turn in one process; on CPUs two threads. "
+        "Memory, in a process of its own each: resident set of the process, torch included; on a GPU what is "
         "allocated there. Float32 there has TF32 inside convolutions, as PyTorch has "
         "it. Made by `python benchmarks/step_time.py`.",
     ]
@@ -377,13 +371,13 @@ def sampling():
 def speed():
     """What step_time and sampling say, in a few lines."""
     times = {name: json.loads((HERE / f"step_time-{name}.json").read_text())["speedup"]
-             for name in ("mnist", "cifar10", "mnist-avx2", "cifar10-h100-compile")}
+             for name in ("mnist", "cifar10", "mnist-avx512", "cifar10-avx512", "mnist-avx2", "cifar10-h100-compile")}
     rows = json.loads((HERE / "sampling.json").read_text())["rows"]
     one, fifty, thousand = (row["images_per_second"] for row in rows.values())
     text = (
         "Against the loop that one would write first (float32, retained and forgotten images in a pass each, drawn anew for each "
-        "of the two updates) a training step is {mnist:.2f} times as fast on two CPU cores with bfloat16 ({cifar10:.2f} with "
-        "CIFAR-10's network), {mnist-avx2:.2f} times with AVX2 alone, and {cifar10-h100-compile:.2f} on an NVIDIA H100, compiled, "
+        "of the two updates) a training step is {mnist:.2f} times as fast on two CPU cores with bfloat16 and AMX ({cifar10:.2f} with "
+        "CIFAR-10's network), {mnist-avx512:.2f} with bfloat16 and AVX512 ({cifar10-avx512:.2f}), {mnist-avx2:.2f} with AVX2 alone, and {cifar10-h100-compile:.2f} on an NVIDIA H100, compiled, "
         "with CIFAR-10's network at an earlier commit. ".format(**times) +
         f"An image takes one network call: two cores draw {one:.0f} a second, where the teacher draws {fifty:.0f} in 50 DDIM steps, "
         f"and {thousand:.1f} in 1,000 ancestral ones ([tables, with memory](results/README.md#speed)).")
