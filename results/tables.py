@@ -163,7 +163,9 @@ def short(runs):
 
 def stages():
     """From the teacher or in two stages."""
-    return side_by_side(**{"two stages, the default": "ddpm_sfd-mnist", "one stage, from the teacher": "ddpm_sfd-mnist-one-stage"})
+    return side_by_side(**{"two stages, the default": "ddpm_sfd-mnist", "one stage, from the teacher": "ddpm_sfd-mnist-one-stage",
+                           "the same on another machine": "ddpm_sfd-mnist-one-stage-intel",
+                           "one stage, guidance of the default": "ddpm_sfd-mnist-one-stage-guidance-1.05"})
 
 
 def thirty():
