@@ -430,7 +430,7 @@ def save_unet(unet, path, **card):
 
 def load_network(source, kind, build):
     """A network of this `kind` in evaluation mode, on the CPU, and the facts of its file. build: facts -> the network,
-    with weights still its own. Errors as in `read_tensors`, and ValueError when the tensors do not fit it."""
+    before it has the file's weights. Errors as in `read_tensors`, and ValueError when the tensors do not fit it."""
     tensors, facts = read_tensors(source, kind)
     try:
         network = build(facts)

@@ -250,7 +250,7 @@ def train(config, run, unet, variance, images, schedule, texts=None):
         loss = (1 - config.gamma) * A + config.gamma * B  # (V5) L = (1 - gamma) A + gamma B
         run.update("loss", loss, unet, optimizer)
         growth = probe_error() / error_at_mean
-        run.enough = run.any_process(run.rank == 0 and config.stop_at and growth >= config.stop_at)  # 0's probe for all
+        run.enough = run.any_process(run.rank == 0 and config.stop_at and growth >= config.stop_at)  # 0's probe decides
         run.log(plasticity=A, stability=B, growth=growth)
     return unet.eval()
 

@@ -136,8 +136,8 @@ def vdu_points(runs):
     return [100 * (run["confidence"] - run["teacher_confidence"]) for run in runs]
 
 
-def side_by_side(**sets):
-    """Sets of runs, each a folder, at the digits and seeds that they share: how many runs reach each aim, the mean and
+def side_by_side(sets):
+    """Sets of runs, name -> folder, at the digits and seeds that they share: how many runs reach each aim, the mean and
     the worst."""
     sets = {name: read(folder) for name, folder in sets.items()}
     common = set.intersection(*({(*run["forget"], run["seed"]) for run in runs} for runs in sets.values()))
@@ -152,25 +152,24 @@ def side_by_side(**sets):
                      f"| {config['alpha']:g} | {config['guidance']:g}; {config['guidance_safe']:g} "
                      f"| {lambdas(config, 'lambda_generator')} | {len(runs)} "
                      f"| {ua} ({mean(uas):.1f}%, {min(uas):.1f}%) | {accuracy} ({mean(accuracies):.1f}%) "
-                     f"| {fid} ({mean(ratios):.2f}, {max(ratios):.2f}) | {all_three} | {short(runs)} |")
+                     f"| {fid} ({mean(ratios):.2f}, {max(ratios):.2f}) | {all_three} | {processor(runs[0])}, {runs[0]['amp']} |")
     return lines
 
 
-def short(runs):
-    """The processor and the precision, as a cell."""
-    return f"{runs[0]['machine'].split(',')[0].removesuffix(' Processor')}, {runs[0]['amp']}"
+def processor(run):
+    return run["machine"].split(",")[0].replace("(R)", "").removesuffix(" Processor")
 
 
 def stages():
     """From the teacher or in two stages."""
-    return side_by_side(**{"two stages, the default": "ddpm_sfd-mnist", "one stage, from the teacher": "ddpm_sfd-mnist-one-stage",
-                           "the same on another machine": "ddpm_sfd-mnist-one-stage-intel",
-                           "one stage, guidance of the default": "ddpm_sfd-mnist-one-stage-guidance-1.05"})
+    return side_by_side({"two stages, the default": "ddpm_sfd-mnist", "one stage, from the teacher": "ddpm_sfd-mnist-one-stage",
+                         "the same on another machine": "ddpm_sfd-mnist-one-stage-intel",
+                         "one stage, guidance of the default": "ddpm_sfd-mnist-one-stage-guidance-1.05"})
 
 
 def thirty():
     """Every digit with three seeds, at the default settings and at those of before."""
-    return side_by_side(**{"the default": "ddpm_sfd-mnist", "the default of before": "ddpm_sfd-mnist-alpha-1"})
+    return side_by_side({"the default": "ddpm_sfd-mnist", "the default of before": "ddpm_sfd-mnist-alpha-1"})
 
 
 def alphas():
@@ -189,7 +188,7 @@ def alphas():
         accuracies = [100 * run["retained_accuracy"] for run in runs]
         lines.append(f"| {name} |" + "".join(f" {ratios[k]:.2f} |" for k in range(10))
                      + f" {mean(ratios.values()):.2f} | {100 * min(run['ua'] for run in runs):.1f} "
-                     f"| {mean(accuracies):.1f} ({min(accuracies):.1f}) | {short(runs)} |")
+                     f"| {mean(accuracies):.1f} ({min(accuracies):.1f}) | {processor(runs[0])}, {runs[0]['amp']} |")
     return lines
 
 
@@ -334,8 +333,7 @@ def step_time():
 
     for r in sorted(runs, key=on_gpu):
         memory, batch, share = r["peak_memory_bytes"], r["batch"], r.get("share_of_peak")
-        name = f"{r['network']}, {r['machine'].split(',')[0].replace('(R)', '').removesuffix(' Processor')}"
-        name += f", {r['precision'].removeprefix('torch.')}{', compiled' * r['compiled']}"
+        name = f"{r['network']}, {processor(r)}, {r['precision'].removeprefix('torch.')}{', compiled' * r['compiled']}"
         name += f" ({r['note']})" if "note" in r else ""
         lines.append(
             f"| {name} | {batch[0]} + {batch[1]}, {len(r['seconds']['ours'])} steps "
