@@ -35,11 +35,11 @@ import mnist_statistics
 import tiny_sd
 from data import cifar10, mnist, stl10
 from features import Classifier, ResNet34
-from record import checksum, commit, launcher, machine, write_json
-from run import MAY_CHANGE, Run, option, parse, refuse, refusing, warm_up_and_down
+from record import checksum, commit, launcher, machine, precision, write_json
+from run import Run, option, parse, refuse, refusing, warm_up_and_down
 from stable_diffusion import Autoencoder, load_stable_diffusion, save_stable_diffusion
 from teachers import load_teacher
-from unet import UNet, VPSchedule, load_network, load_unet, save_unet, write_tensors
+from unet import UNet, VPSchedule, load_network, save_unet, write_tensors
 from vdu import posterior
 
 MNIST = dict(
@@ -97,9 +97,6 @@ class Config:
     per_class: int = option(1000, "teacher images of each class; statistics", low=2)
     images: int = option(2000, "images of the unconditional teacher; statistics", low=100)
     per_pair: int = option(20, "images of each digit in each colour; tiny-sd's scores", low=1)
-    snapshot_every: int = option(2500, "steps between teachers kept on the side, to see when training stops helping",
-                                 low=1)
-    snapshots: str = option("", "more teachers to score beside the shipped one, for its card; statistics", nargs="+")
     amp: str = option("auto", "mixed precision; statistics score the class-conditional teacher in float32 all the same",
                       choices=["auto", "bf16", "fp16", "off"])
     compile: bool = option(False, "torch.compile the network: minutes at the start, then faster steps on a GPU; not "
@@ -112,9 +109,9 @@ class Config:
 
 
 def make_card(run, path, **facts):
-    """The card of a file in weights/: what it is, how it was made, what it scores, its checksum. The command is what
-    makes it again: the flags that differ from the preset's settings, but for places."""
-    settings = {k: v for k, v in run.settings.items() if k not in ("data", "out", "resume", "snapshots", "device")}
+    """The card of a file in weights/: what it is, how it was made, what it scores, its checksum. The command makes it
+    again: it has the flags that differ from the preset's settings, without paths."""
+    settings = {k: v for k, v in run.settings.items() if k not in ("data", "out", "resume", "device")}
     usual = asdict(Config(run.config.what)) | PRESETS[run.config.what]
     changed = {k: v for k, v in settings.items() if v != usual[k] and k != "save_every"}
     flags = [f"--{k.replace('_', '-')}" + f" {shlex.quote(str(v))}" * (v is not True) for k, v in changed.items()]
@@ -122,7 +119,7 @@ def make_card(run, path, **facts):
             "data": DATA.get(run.config.what.split("-")[0]),
             "command": " ".join([launcher(), "pretrain.py", run.config.what, *flags]), **facts,
             "seconds": round(run.elapsed()), "machine": machine(run.device),
-            "amp": str(run.dtype or torch.float32).removeprefix("torch."), "commit": commit(), "config": settings}
+            "amp": precision(run.dtype), "commit": commit(), "config": settings}
 
 
 def write_card(run, path, **facts):
@@ -200,8 +197,6 @@ def train_teacher(config, run):
         ema.update_parameters(unet)
         if step % 10 == 0:
             run.log(loss=loss)
-        if run.rank == 0 and (step + 1) % config.snapshot_every == 0:
-            save_unet(ema.module, run.folder / f"{config.what}-{step + 1}.safetensors", steps=step + 1)
 
     if run.rank == 0:
         kind = "unconditional" if unet.num_classes is None else "class-conditional"
@@ -258,7 +253,7 @@ def go_on_apart(config, run, beginning, loss_of):
         if step % 10 == 0:
             run.log(loss=loss)
 
-    return *posterior([network.state_dict() for network in finished]), dict(checkpoints=K, steps_each=each)
+    return *posterior([one.state_dict() for one in finished]), dict(checkpoints=K, steps_each=each)
 
 
 def write_variance(run, path, variance, what, dtype=torch.float32, **facts):
@@ -279,9 +274,7 @@ def jitter(images, degrees=10, scale=0.1, shift=0.1):
     zoom = 1 + (torch.rand(B, device=device) * 2 - 1) * scale
     move = (torch.rand(B, 2, device=device) * 2 - 1) * shift
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
-    affine = torch.stack(
-        [torch.stack([cos, -sin, move[:, 0]], 1), torch.stack([sin, cos, move[:, 1]], 1)], 1
-    )  # (B, 2, 3)
+    affine = torch.stack([cos, -sin, move[:, 0], sin, cos, move[:, 1]], dim=1).view(B, 2, 3)
     grid = F.affine_grid(affine, list(images.shape), align_corners=False)
     return F.grid_sample(images + 1, grid, align_corners=False) - 1  # outside the image is black, -1
 
@@ -393,7 +386,7 @@ def make_tiny_posterior(config, run):
 
 
 def check_flags(config):
-    """ValueError for a flag that was given and would change nothing: the card would name it."""
+    """ValueError for a flag that was given but has no effect here: the card would list it as if it had."""
     what = config.what
     teacher, classifier, statistics = what in TEACHERS, what in CLASSIFIERS, what == "mnist-statistics"
     posterior, tiny = what.endswith("-posterior"), what.startswith("tiny-sd")
@@ -403,7 +396,7 @@ def check_flags(config):
         "lr_down": not statistics and not classifier, "flip": teacher, "ema": teacher or what == "tiny-sd",
         "label_dropout": "num_classes" in TEACHERS[what][0] if teacher else what in ("tiny-sd", "tiny-sd-posterior"),
         "min_snr": begins, "init": begins or what == "tiny-sd", "checkpoints": posterior, "per_class": statistics,
-        "images": statistics, "per_pair": what == "tiny-sd", "snapshot_every": teacher, "snapshots": statistics,
+        "images": statistics, "per_pair": what == "tiny-sd",
         "compile": not statistics and (posterior or not tiny)}
     for name, changes_something in useful.items():
         if not changes_something and getattr(config, name) != usual[name]:
@@ -411,17 +404,13 @@ def check_flags(config):
 
 
 def check_beginning(config):
-    """ValueError or OSError if what the run begins with, or is to score, is not there or does not fit."""
+    """ValueError or OSError if what the run begins with is not there or does not fit."""
     if config.what in POSTERIORS and not config.init:
         raise ValueError(f"--init: name the network that those of {config.what} share as their beginning")
     if config.what == "tiny-sd":
         read_autoencoder(config.init)
     elif config.what in TEACHERS or config.what in POSTERIORS:
         start(config)
-    for name in filter(None, config.snapshots.split(",")):
-        unet = load_unet(name)
-        if (unet.num_classes, unet.image_shape) != (10, (1, 28, 28)):
-            raise ValueError(f"--snapshots {name} is no class-conditional teacher of MNIST")
 
 
 def main(config):
@@ -439,7 +428,7 @@ def main(config):
     # K networks share the steps, and the classifiers' schedules count them: these cannot go on to more. A teacher can;
     # its rate is then that of the longer run, so from nearly 0 it goes up again, and back down at the new end
     fixed = config.what.endswith(("-posterior", "-classifier"))
-    run = Run(config, f"runs/pretrain-{config.what}", may_change=MAY_CHANGE - {"steps"} if fixed else MAY_CHANGE)
+    run = Run(config, f"runs/pretrain-{config.what}", fixed_steps=fixed)
     make = {
         **dict.fromkeys(TEACHERS, train_teacher),
         **dict.fromkeys(POSTERIORS, train_posterior),

@@ -35,6 +35,11 @@ def machine(device=torch.device("cpu")):
     return f"{name}{threads}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
+def precision(dtype):
+    """The name of a run's precision, for its record: float32 for None."""
+    return str(dtype or torch.float32).removeprefix("torch.")
+
+
 def launcher():
     """What starts this program: python, or torchrun for several processes."""
     world = os.environ.get("WORLD_SIZE", "1")
@@ -78,13 +83,17 @@ def write_atomically(path, write):
 
 
 def check_out(path):
-    """ValueError unless a JSON file can be written to `path`, or it is "": before the work whose numbers it is for."""
-    if path and (Path(path).suffix != ".json" or Path(path).is_dir()):
+    """ValueError unless a JSON file can be written to `path`; asked before the work whose numbers it is for. With "" or
+    None no file is wanted."""
+    if not path:
+        return
+    path = Path(path)
+    if path.suffix != ".json" or path.is_dir():
         raise ValueError(f"--out {path}: give the name of a .json file to write")
-    if not Path(path or ".").parent.is_dir():
-        raise ValueError(f"--out {path}: there is no folder {Path(path).parent}; make it first")
-    if path and not os.access(Path(path).parent, os.W_OK):
-        raise ValueError(f"--out {path}: the folder {Path(path).parent} may not be written in")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out {path}: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--out {path}: the folder {path.parent} may not be written in")
 
 
 def write_json(path, content):

@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from record import command, commit, launcher, machine, write_atomically, write_json
+from record import command, commit, launcher, machine, precision, write_atomically, write_json
 
 # ---------------------------------------------------------------------------- refusals
 
@@ -59,8 +59,8 @@ def refusing(what=""):
 
 
 def option(default, help, **rules):
-    """A field of a Config. rules: low and high (inclusive limits of a number), choices, nargs, and what then stands
-    between the words (joint; a comma if not given), positional."""
+    """A field of a Config. rules: low and high (inclusive limits of a number); choices; nargs, and joint, what joins
+    several words (a comma if not given); positional."""
     return dataclasses.field(default=default, metadata={"help": help, **rules})
 
 
@@ -88,7 +88,8 @@ def add_flag(parser, field, default):
     """One field of a Config as one flag: its type, its limits, its default and its help."""
     rules, kind = field.metadata, {"int": int, "float": float}.get(getattr(field.type, "__name__", field.type))
     flag = field.name if rules.get("positional") else "--" + field.name.replace("_", "-")
-    words = {"help": f"{rules['help']} [{default if default != '' else 'none'}]".replace("%", "%%"), "default": default}
+    shown = f" [{default}]" if default != "" else ""
+    words = {"help": (rules["help"] + shown).replace("%", "%%"), "default": default}
     if field.type in (bool, "bool"):
         words = {"help": rules["help"], "action": "store_true"}
     elif rules.get("choices"):
@@ -155,7 +156,7 @@ def choose_amp(name, device):
 
 # ---------------------------------------------------------------------------- a run
 
-# between a run and its resumption; rates and lambda that fall over `steps` fall over the new number from there on
+# settings that may differ when a run is resumed; what falls over `steps` falls over the new number from there on
 MAY_CHANGE = {"steps", "resume", "out", "device", "save_every", "compile"}
 
 
@@ -186,17 +187,18 @@ class Run:
     """One run: where it writes, what it computes on, how far it is.
 
     config needs the fields device, amp, seed, out, resume, steps and save_every. Under torchrun every process makes a
-    Run; `rank` 0 alone writes. Leaves with status 2 when the folder is not this run's to write in. loss_scale: what
-    fp16 multiplies the loss by at first; it halves at each overflow, and that step is lost.
+    Run; `rank` 0 alone writes. Leaves with status 2 when the folder is not this run's to write in. fixed_steps: whether
+    --resume may not change --steps. loss_scale: what fp16 multiplies the loss by at first; it halves at each overflow,
+    and that step is lost.
     """
 
-    def __init__(self, config, folder, may_change=MAY_CHANGE, loss_scale=2.0**16):
+    def __init__(self, config, folder, fixed_steps=False, loss_scale=2.0**16):
         self.clock = time.perf_counter()
-        self.config, self.folder, self.may_change = config, Path(config.out or folder), may_change
+        self.config, self.folder, self.fixed_steps = config, Path(config.out or folder), fixed_steps
         self.device = choose_device(config.device)
         self.dtype = choose_amp(config.amp, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, loss_scale, enabled=self.dtype == torch.float16)
-        self.fused = True if self.device.type == "cuda" else None  # for Adam; None: as torch likes it
+        self.fused = True if self.device.type == "cuda" else None  # Adam's "fused"; None leaves it to torch
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.curves, self.seconds, self.bar, self.hook = {}, 0.0, None, sys.excepthook
         self.enough = False  # set it in the loop (in every process) to make the present step the last one
@@ -234,7 +236,7 @@ class Run:
                 before = json.loads(saved.read_text())
                 if not isinstance(before, dict):
                     raise ValueError("it holds no settings")
-            free = self.may_change if self.config.resume else MAY_CHANGE - {"steps"}
+            free = MAY_CHANGE if self.config.resume and not self.fixed_steps else MAY_CHANGE - {"steps"}
             changed = [k for k in self.settings if k not in free and before.get(k) != self.settings[k]]
             if changed:
                 k = changed[0]
@@ -282,17 +284,22 @@ class Run:
         return DistributedDataParallel(network, device_ids=[self.device.index] if self.device.type == "cuda" else None,
                                        gradient_as_bucket_view=True)  # one copy of the gradients, not two
 
-    def update(self, name, losses, network, optimizer, clip_value=None):
-        """One optimizer step down a loss, or down the sum of several, each computed when its turn has come (parts of a
-        batch); returns it. Gradients are clipped by value. With fp16 the loss is scaled against underflow, and a step
-        whose scaled gradients overflow is skipped, as usual; any other NaN or infinity stops the run."""
-        total = 0.0
-        for loss in [losses] if torch.is_tensor(losses) else losses:
-            self.scaler.scale(loss).backward()
-            total = total + loss.detach()
+    def update(self, name, loss, network, optimizer, clip_value=None):
+        """One optimizer step down a loss: `backward` and `descend`."""
+        self.descend(name, self.backward(loss), network, optimizer, clip_value)
+
+    def backward(self, loss):
+        """Add a loss's gradients to those that are there; returns its value. With fp16 the loss is scaled against
+        underflow."""
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def descend(self, name, loss, network, optimizer, clip_value=None):
+        """One optimizer step down the gradients that are there, clipped by value; loss: what they are of. With fp16 a
+        step whose scaled gradients overflow is skipped, as usual; any other NaN or infinity stops the run."""
         self.scaler.unscale_(optimizer)
         gradients = [p.grad for p in network.parameters() if p.grad is not None]
-        loss_is_finite, *finite = torch.stack([total, *torch._foreach_norm(gradients)]).isfinite().tolist()
+        loss_is_finite, *finite = torch.stack([loss, *torch._foreach_norm(gradients)]).isfinite().tolist()
         if self.any_process(not loss_is_finite):  # all stop, or none: the others would wait for this one
             self.stop(name)
         if not all(finite) and (not self.scaler.is_enabled() or self.scaler.get_scale() < 2**-10):  # no mere overflow
@@ -302,7 +309,6 @@ class Run:
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)  # now, so that only one network at a time has gradients in memory
-        return total
 
     def any_process(self, flag):
         """Whether `flag` is true in any of the processes; all of them must ask."""
@@ -317,7 +323,7 @@ class Run:
     def loop(self, state, label=""):
         """Yield the steps still to do, 0 .. config.steps - 1. Between steps: checkpoint every `save_every`, and after
         Ctrl-C, which saves, prints the command that resumes and leaves with status 130; a second one ends it at once.
-        The last step is saved too, and Ctrl-C after it prints and leaves likewise (but in a notebook)."""
+        The last step is saved too; Ctrl-C after it, while the run is judged, does the same (not in a notebook)."""
         self.state, path = state, self.folder / "checkpoint.pt"
         self.step = self.restore(path) if self.config.resume else 0
         if self.step > self.config.steps:
@@ -429,7 +435,7 @@ class Run:
             plot_curves(self.curves, self.folder / "curves.png")
             write_json(self.folder / "metrics.json", metrics | {
                 "seconds": self.elapsed(), "command": command(), "seed": self.config.seed, "processes": self.world,
-                "amp": str(self.dtype or torch.float32).removeprefix("torch."), "machine": machine(self.device),
+                "amp": precision(self.dtype), "machine": machine(self.device),
                 "commit": commit(), "config": self.settings})
         if self.world > 1:
             dist.destroy_process_group()

@@ -15,8 +15,8 @@ Distillation" (LSG).
         --forget-prompts prompts/people.txt --retain-prompts prompts/captions.txt
 
 The idea is that of ddpm_sfd.py: a diffusion teacher is distilled into a generator that needs one network call, with
-nothing but scores at noised versions of the generator's own pictures; and where a concept is asked for that is to be
-forgotten, the teacher is asked for a safe prompt in its place. What differs in text-to-image models:
+nothing but scores at noised versions of the generator's own pictures; and where the generator is asked for the concept
+to be forgotten, the teacher is asked for a safe prompt in its place. What differs in text-to-image models:
 
     - everything happens to latents, the autoencoder's small pictures; it decodes them only to be looked at;
     - the condition c is a text embedding. A concept is given by prompts: those that name it, and the same with it
@@ -92,7 +92,7 @@ class Config:
     sd: str = option("tiny-sd", "the shipped model, or a folder as the hub serves Stable Diffusion 1.x")
     retain_prompts: str = option("", "file of prompts to retain, one a line; the tiny model has its own")
     forget_prompts: str = option("", "file of prompts to forget, one a line, the concept written out or as {}; with a "
-                                "folder and --mode negative it is added to those without either")
+                                "folder and --mode negative it is put behind those that have neither")
     init_generator: str = option("none", "two-stage SFD: where theta begins, the generator of a --forget none run; "
                                 "none: the teacher")
     init_fake_score: str = option("none", "two-stage SFD: where psi begins, the fake score of that run; none: the "
@@ -108,8 +108,8 @@ class Config:
     adam_eps: float = option(1e-8, "epsilon of Adam; official, for fp16: 1e-6", low=0)
     alpha: float = option(1.0, "alpha of (S3); official: 1")
     lambda_generator: float = option(0.3, "lambda of (S5) for theta; official: 1", low=0)
-    max_weight: float = option(12.0, "a forgotten prompt weighs no more than this many retained ones, whatever theta's "
-                               "lambda is; 0: no limit; our choice; official: 0", low=0)
+    max_weight: float = option(12.0, "a forgotten prompt weighs at most as much as this many retained ones; theta's "
+                               "lambda is lowered where need be; 0: no limit; our choice; official: 0", low=0)
     lambda_fake_score: float = option(1.0, "lambda of (S5) for psi; official: 1", low=0)
     k_train: float = option(1.5, "k1: guidance of the fake score while it is trained; official: 4.5", low=0)
     k_fake: float = option(1.5, "k2 = k3: guidance of the fake score where it is compared; official: 4.5", low=0)
@@ -118,16 +118,17 @@ class Config:
                                    low=0, high=1)
     t_init: int = option(625, "the noise level that the generator works at; official: 625", low=0, high=999)
     t_min: int = option(20, "first step t of (S2) and (S3); official: 20", low=0, high=999)
-    t_max: int = option(980, "the step before which t ends in (S2) and (S3); official: 980", low=1, high=1000)
+    t_max: int = option(980, "upper end of t in (S2) and (S3), exclusive; official: 980", low=1, high=1000)
     ema: float = option(0.95, "decay of theta's weight average, the result; official: 0, theta itself", low=0, high=1)
     clip_value: float = option(1.0, "each gradient entry is clipped to +-this; 0: not", low=0)
-    weights: str = option("float32", "what weights are kept in; bf16 takes half the memory, and loses every update "
-                          "under 1/500 to 1/250 of its weight, at the official rates nearly all of them",
+    weights: str = option("float32", "precision of the stored weights; bf16 takes half the memory, but loses updates "
+                          "below 1/500 to 1/250 of a weight, at the official rates nearly all of them",
                           choices=["float32", "bf16"])
-    gradient_checkpointing: bool = option(False, "forget what happens inside the networks' blocks and compute it again")
+    gradient_checkpointing: bool = option(False, "recompute what is inside the networks' blocks in the backward pass "
+                                          "instead of keeping it: less memory, slower")
     compile: bool = option(False, "torch.compile the networks: minutes at the start, then faster steps on a GPU")
-    amp: str = option("off", "mixed precision; off is faster at the tiny model's size, auto takes bf16 where it is "
-                      "native; official: fp16", choices=["auto", "bf16", "fp16", "off"])
+    amp: str = option("off", "mixed precision; off is faster at the tiny model's size; auto: bf16 where it is native, "
+                      "else fp16 on a GPU, none on a CPU; official: fp16", choices=["auto", "bf16", "fp16", "off"])
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
     seed: int = option(0, "seed of everything random", low=0, high=10**12)
     out: str = option("", "run folder; runs/sd_sfd-<preset>-forget-<concept> if not given")
@@ -136,7 +137,7 @@ class Config:
     eval_images: int = option(20, "images of each digit in each colour that the metrics look at; 0: no metrics", low=0)
 
 
-# ---------------------------------------------------------------------------- the method: three formulas
+# ---------------------------------------------------------------------------- the method: (S1) to (S5)
 
 
 def one_step(generator, z, c, schedule, t_init):
@@ -174,7 +175,8 @@ def generator_loss(teacher, fake_score, x_g, t, c_teacher, c_fake, nothing_teach
 
 
 def total(loss, retained, lambda_):
-    """Losses (B,), those of the `retained` retained samples first -> scalar. Without forgotten ones this is SiD."""
+    """Losses (B,), of which the first `retained` are of retained samples and the rest of forgotten ones -> scalar.
+    Without forgotten ones this is plain distillation (SiD)."""
     L_retained = loss[:retained].mean()
     L_forgotten = loss[retained:].sum() / max(1, len(loss) - retained)  # a mean, and 0 when there are none
     return L_retained + lambda_ * L_forgotten  # (S5) L(retained) + lambda L(forgotten)
@@ -202,24 +204,18 @@ def read_concept(config):
         return prompts, [], [], ""
     if config.mode == "negative" and config.k_teacher <= 1:
         raise ValueError(f"--mode negative works by guidance: --k-teacher {config.k_teacher:g} must be above 1")
-    named = read_prompts(config.forget_prompts) if config.forget_prompts else every_prompt() if tiny else prompts
-    if config.mode == "negative" and not tiny:  # subjects, each with each of the forbidden words
-        forbidden = [word.strip() for word in config.forget.split(",")]
-        added = [p if "{}" in p or any(contains(p, word) for word in forbidden) else f"{p}, {{}}" for p in named]
-        forget = list(dict.fromkeys(p.replace("{}", word) for p in added for word in forbidden))  # none of them twice
-        retained = [p for p in prompts if not any(contains(p, word) for word in forbidden)]
-        if not retained:
-            raise ValueError(f"--forget {config.forget!r}: each prompt to retain holds one of these; leave some")
-        safe = [functools.reduce(without, forbidden, p) for p in forget]
-        return retained, forget, safe, ", ".join(forbidden)
-    named = [prompt.replace("{}", concept) for prompt in named]
-    forget, retained = ([p for p in named if contains(p, concept)], [p for p in prompts if not contains(p, concept)])
+    candidates = read_prompts(config.forget_prompts) if config.forget_prompts else every_prompt() if tiny else prompts
+    if config.mode == "negative" and not tiny:
+        return forbid(config.forget, candidates, prompts)
+    candidates = [prompt.replace("{}", concept) for prompt in candidates]
+    forget = [p for p in candidates if contains(p, concept)]
+    retained = [p for p in prompts if not contains(p, concept)]
     if tiny:
         check_drawn(concept)
     if not forget:
-        raise ValueError(f"--forget {concept!r} stands in none of the prompts; the first of them is {named[0]!r}")
-    if config.forget_prompts and len(forget) < len(named):
-        other = next(p for p in named if not contains(p, concept))
+        raise ValueError(f"--forget {concept!r} stands in none of the prompts; the first of them is {candidates[0]!r}")
+    if config.forget_prompts and len(forget) < len(candidates):
+        other = next(p for p in candidates if not contains(p, concept))
         raise ValueError(f"--forget-prompts: {other!r} is without {concept!r}; write it out, or {{}} in its place")
     if not retained:
         raise ValueError(f"--forget {concept!r} stands in every prompt; leave some to retain")
@@ -238,6 +234,18 @@ def read_concept(config):
     return retained, forget, safe, ""
 
 
+def forbid(words, subjects, prompts):
+    """--mode negative in a real model: each subject with each of the forbidden words, in the place of {} or behind it;
+    (retained, forget, safe, negative prompt). words: as --forget gives them; prompts: those to retain."""
+    forbidden = [word.strip() for word in words.split(",")]
+    added = [p if "{}" in p or any(contains(p, word) for word in forbidden) else f"{p}, {{}}" for p in subjects]
+    forget = list(dict.fromkeys(p.replace("{}", word) for p in added for word in forbidden))  # none of them twice
+    retained = [p for p in prompts if not any(contains(p, word) for word in forbidden)]
+    if not retained:
+        raise ValueError(f"--forget {words!r}: each prompt to retain holds one of these; leave some")
+    return retained, forget, [functools.reduce(without, forbidden, p) for p in forget], ", ".join(forbidden)
+
+
 def check_length(tokenizer, forget, safe):
     """ValueError if the model reads a prompt of `forget` as it reads the safe one, both cut off before they differ."""
     for prompt, unread in zip(forget, (tokenizer(forget) == tokenizer(safe)).all(dim=1)):
@@ -249,18 +257,18 @@ def check_length(tokenizer, forget, safe):
 # ---------------------------------------------------------------------------- the loop
 
 
-def train(config, run, teacher, schedule, prompts, look=None, generator=None, fake_score=None):
+def train(config, run, teacher, schedule, prompts, live_ua=None, generator=None, fake_score=None):
     """SFD from `teacher`, which stays as it is; returns the generator, the weight average of theta if there is one,
     and the fake score.
 
     prompts: text embeddings (N, L, D): retained, forget, safe (as many), negative (one), nothing (one).
-    look: function (latents of forget prompts) -> share that no longer shows the concept, for the bar.
+    live_ua: function (latents of forget prompts) -> share that does not show the concept, for the bar.
     generator, fake_score: where theta and psi begin, changed in place; copies of the teacher if not given."""
     retained, forget, safe, negative, nothing = prompts
     n_retained = config.batch_size // run.world // config.accumulate
     n_forgotten = config.forget_batch_size // run.world // config.accumulate if len(forget) else 0
     lambda_theta = config.lambda_generator
-    if config.max_weight and len(forget):  # where few prompts share lambda, each is loud, and its neighbours go with it
+    if config.max_weight and len(forget):  # few prompts would each carry much of lambda, at the cost of similar ones
         lambda_theta = min(lambda_theta, config.max_weight * len(forget) / len(retained))
     nothing_teacher = torch.cat([nothing.repeat(n_retained, 1, 1), negative.repeat(n_forgotten, 1, 1)])
 
@@ -291,10 +299,12 @@ def train(config, run, teacher, schedule, prompts, look=None, generator=None, fa
     def draw_t_and_noise(x):
         return torch.randint(config.t_min, config.t_max, (len(x),), device=x.device), torch.randn_like(x)
 
-    drawn = None  # the generator's latents, those of the last update
-
-    def fake_score_losses():
-        for _ in range(config.accumulate):
+    for _ in run.loop(state, label="SFD"):
+        # 1. the fake score learns the generator's distribution; dropout is active only in what is being trained
+        generator.eval()
+        fake_score.train().requires_grad_(True)
+        loss_psi = 0.0
+        for _ in range(config.accumulate):  # the parts of a batch
             c, _, z = draw()
             with torch.no_grad(), run.autocast():
                 x_g = one_step(generator, z, c, schedule, config.t_init)  # (S1)
@@ -303,10 +313,13 @@ def train(config, run, teacher, schedule, prompts, look=None, generator=None, fa
             with run.autocast():
                 loss = fake_score_loss(parallel_fake_score, x_g, t, torch.where(dropped, nothing, c), nothing, noise,
                                        schedule, config.k_train)  # (S2)
-            yield total(loss, n_retained, config.lambda_fake_score) / config.accumulate  # (S5)
+            loss_psi += run.backward(total(loss, n_retained, config.lambda_fake_score) / config.accumulate)  # (S5)
+        run.descend("loss_psi", loss_psi, fake_score, optimizer_psi, config.clip_value)
 
-    def generator_losses():
-        nonlocal drawn
+        # 2. the generator moves to where teacher and fake score agree
+        generator.train()
+        fake_score.eval().requires_grad_(False)
+        loss_theta = 0.0
         for _ in range(config.accumulate):
             c, c_teacher, z = draw()
             with run.autocast():
@@ -315,27 +328,16 @@ def train(config, run, teacher, schedule, prompts, look=None, generator=None, fa
             with run.autocast():
                 loss = generator_loss(teacher, fake_score, x_g, t, c_teacher, c, nothing_teacher, nothing, noise,
                                       schedule, config.alpha, config.k_teacher, config.k_fake)  # (S3)
-            drawn = x_g.detach()
-            yield total(loss, n_retained, lambda_theta) / config.accumulate  # (S5)
-
-    for _ in run.loop(state, label="SFD"):
-        # 1. the fake score learns the generator's distribution; dropout is active only in what is being trained
-        generator.eval()
-        fake_score.train().requires_grad_(True)
-        loss_psi = run.update("loss_psi", fake_score_losses(), fake_score, optimizer_psi, config.clip_value)
-
-        # 2. the generator moves to where teacher and fake score agree
-        generator.train()
-        fake_score.eval().requires_grad_(False)
-        loss_theta = run.update("loss_theta", generator_losses(), generator, optimizer_theta, config.clip_value)
+            loss_theta += run.backward(total(loss, n_retained, lambda_theta) / config.accumulate)  # (S5)
+        run.descend("loss_theta", loss_theta, generator, optimizer_theta, config.clip_value)
         if ema:
             ema.update_parameters(generator)
         for decay in decays:
             decay.step()
 
         numbers = {"loss_psi": loss_psi, "loss_theta": loss_theta}
-        if look and n_forgotten:  # at the latents just drawn
-            numbers["ua"] = look(drawn[n_retained:])
+        if live_ua and n_forgotten:  # of the latents just drawn
+            numbers["ua"] = live_ua(x_g[n_retained:])
         run.log(**numbers)
     return (ema.module if ema else generator).eval(), fake_score.eval()
 
@@ -350,18 +352,18 @@ def main(config):
         if config.t_min >= config.t_max:
             raise ValueError(f"--t-min {config.t_min} must be below --t-max {config.t_max}")
         sd = load_stable_diffusion(config.sd)
-        if config.preset == "tiny" and max(sd.unet.image_shape) > 8:
+        if config.preset == "tiny" and max(sd.unet.image_shape) > 8:  # the tiny model's latents are (4, 8, 8)
             raise ValueError(f"--sd {config.sd} goes with --preset sd15, whose settings are meant for its size")
         check_length(sd.tokenizer, forget, safe)
         generator, fake_score = read_pair(config, sd.unet)
         if config.weights == "bf16" and choose_amp(config.amp, choose_device(config.device)) != torch.bfloat16:
             raise ValueError("--weights bf16 needs --amp bf16")
-        judge, its = (ConceptJudge(), load_concept_statistics()) if tiny else (None, None)  # its: of the teacher
+        judge, teacher_seen = (ConceptJudge(), load_concept_statistics()) if tiny else (None, None)
     concept = config.forget.replace(",", " ").strip()
     folder = f"runs/sd_sfd-{config.preset}-forget-{concept.replace(' ', '-')}"
     run = Run(config, folder, loss_scale=16.0)  # low for fp16, as the losses are sums over pixels
     sd, teacher, schedule = sd.to(run.device), sd.unet, sd.schedule
-    with torch.no_grad():  # once for all: the text encoder is not needed again
+    with torch.no_grad():  # once for all: training does not call the text encoder
         nothing, negative = sd.embed([""]), sd.embed([negative])
 
         def embed(texts):  # a long list part by part, and not on the GPU: ten thousand texts are 2.4 GB
@@ -375,13 +377,13 @@ def main(config):
     generator, fake_score, judge = (x and x.to(run.device) for x in (generator, fake_score, judge))
 
     @torch.no_grad()
-    def share_gone(latents):
+    def live_ua(latents):
         """The share of latents that do not show the concept."""
         _, digits, colours = judge(sd.vae.decode(latents.float()).clamp(-1, 1))
         there = [shown(int(digit), int(colour), concept) for digit, colour in zip(digits, colours)]
         return 1 - sum(there) / len(there)
 
-    generator, fake_score = train(config, run, teacher, schedule, prompts, judge and share_gone, generator, fake_score)
+    generator, fake_score = train(config, run, teacher, schedule, prompts, judge and live_ua, generator, fake_score)
 
     run.state.clear()  # the optimizers: pictures need the memory
     metrics = {"nfe": 1, "forget": concept, "training_seconds": run.seconds}
@@ -409,7 +411,7 @@ def main(config):
             prompt_grid(pictures, rows, run.folder / f"samples_{name}.png", title, range(min(4, len(forget))))
         if judge and config.eval_images:
             metrics |= evaluate_concept(
-                sample, sd, judge, concept if forget else "", config.eval_images, config.seed, its)
+                sample, sd, judge, concept if forget else "", config.eval_images, config.seed, teacher_seen)
             print(table(metrics))
     run.finish(metrics)
 

@@ -422,12 +422,12 @@ def test_weights_in_half_precision_and_the_negative_prompt(sd_folder, tmp_path, 
 
 
 def test_the_parts_of_a_batch_are_one_step(tmp_path):
-    """run.update down several losses, each computed when its turn has come: the step down their sum."""
+    """run.backward for each, then run.descend: the step down the sum of their losses."""
     config, nets = Config(out=str(tmp_path / "run"), device="cpu", amp="off"), [torch.nn.Linear(3, 1) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
     run, x = Run(config, ""), torch.randn(4, 3)
-    total = run.update("loss", (nets[0](part).square().sum() for part in x.split(1)), nets[0],
-                       torch.optim.SGD(nets[0].parameters(), lr=0.1))
+    total = sum(run.backward(nets[0](part).square().sum()) for part in x.split(1))
+    run.descend("loss", total, nets[0], torch.optim.SGD(nets[0].parameters(), lr=0.1))
     loss = nets[1](x).square().sum()
     run.update("loss", loss, nets[1], torch.optim.SGD(nets[1].parameters(), lr=0.1))
     torch.testing.assert_close(total, loss.detach())
@@ -472,14 +472,14 @@ def test_what_each_update_is_given(tmp_path, unet, monkeypatch):
 
 
 def test_rates_clipping_and_the_weight_average(tmp_path, unet, monkeypatch):
-    thetas, clips, log, update = [], [], Run.log, Run.update
+    thetas, clips, log, descend = [], [], Run.log, Run.descend
 
     def spy_on_log(run, **numbers):
         thetas.append(copy.deepcopy(run.state["generator"].state_dict()))
         log(run, **numbers)
 
     monkeypatch.setattr(Run, "log", spy_on_log)
-    monkeypatch.setattr(Run, "update", lambda run, name, *rest: clips.append((name, rest[-1])) or update(run, name, *rest))
+    monkeypatch.setattr(Run, "descend", lambda run, name, *rest: clips.append((name, rest[-1])) or descend(run, name, *rest))
     words = dict(lr_generator=1e-3, lr_fake_score=4e-3, lr_end=0.5, adam_eps=1e-6, clip_value=0.7, ema=0.75)
     (average, _), run = go(tmp_path, unet, **words)
     assert clips == [("loss_psi", 0.7), ("loss_theta", 0.7)] * 2
