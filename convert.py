@@ -230,32 +230,30 @@ def read_ddpm_family(config, items):
     upwards = (r"^up\.(\d+)", lambda up: f"up.{last - int(up[1])}")  # their up.0 is full resolution, ours the lowest
     unet = fill(settings, tensors, [upwards, *DDPM_FAMILY])
     one_step = {"method": "SFD", "t_init": config.t_init} if found["network"] == "generator" else {}
-    if not one_step and config.t_init != Config.t_init:
-        raise ValueError(f"--t-init {config.t_init} is for a one-step generator, which its {found['network']} is not")
     return unet, found | one_step | {"tensors": len(tensors)}
 
 
 # ---------------------------------------------------------------------------- diffusers
 
 def same(**settings):
-    """Rules for settings in which our U-Net is what diffusers takes when config.json is silent, and nothing else."""
+    """Rules for settings that must be what the library takes where they are absent: these values, and no others."""
     return {name: (value, [value]) for name, value in settings.items()}
 
 
-# name -> (what diffusers takes when config.json is silent, what our U-Net can be)
-BOTH = {"act_fn": ("silu", ["silu", "swish"])} | same(
+# setting of a config.json -> (what diffusers takes where it is absent, the values that our U-Net supports)
+COMMON_RULES = {"act_fn": ("silu", ["silu", "swish"])} | same(
     center_input_sample=False, time_embedding_type="positional", mid_block_scale_factor=1,
     resnet_time_scale_shift="default", class_embed_type=None, num_class_embeds=None)
-SETTINGS = BOTH | {  # of a UNet2DModel
+UNET_RULES = COMMON_RULES | {  # of a UNet2DModel
     "_class_name": (None, ["UNet2DModel"]), "freq_shift": (0, [1]), "flip_sin_to_cos": (True, [False]),
     "downsample_padding": (1, [0]), "norm_eps": (1e-5, [1e-6]),
 } | same(mid_block_type="UNetMidBlock2D", downsample_type="conv", upsample_type="conv", add_attention=True)
-TEXT_SETTINGS = BOTH | {"_class_name": (None, ["UNet2DConditionModel"])} | same(  # of a UNet2DConditionModel
+TEXT_UNET_RULES = COMMON_RULES | {"_class_name": (None, ["UNet2DConditionModel"])} | same(  # of such a one
     freq_shift=0, flip_sin_to_cos=True, mid_block_type="UNetMidBlock2DCrossAttn", downsample_padding=1, norm_eps=1e-5,
     use_linear_projection=False, only_cross_attention=False, dual_cross_attention=False,
     transformer_layers_per_block=1, num_attention_heads=None, addition_embed_type=None, encoder_hid_dim=None,
     time_cond_proj_dim=None, time_embedding_act_fn=None, timestep_post_act=None, conv_in_kernel=3, conv_out_kernel=3)
-SCHEDULE = same(  # of a scheduler_config.json beside a UNet2DModel: VPSchedule.linear, and a network that predicts eps
+SCHEDULE_RULES = same(  # of a scheduler_config.json beside a UNet2DModel: VPSchedule.linear, and eps is predicted
     prediction_type="epsilon", beta_schedule="linear", num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02,
     trained_betas=None, rescale_betas_zero_snr=False)
 
@@ -293,7 +291,7 @@ def diffusers_settings(theirs, image_size):
     in_channels = theirs.get("in_channels", 3)
     # a single head is as wide as its level, or the middle
     head = {widths[-1], *(width for width, kind in zip(widths, down) if kind == "AttnDownBlock2D")}
-    return {"in_channels": in_channels, "num_classes": None, **levels(theirs, "Attn", image_size, SETTINGS | {
+    return {"in_channels": in_channels, "num_classes": None, **levels(theirs, "Attn", image_size, UNET_RULES | {
         "out_channels": (3, [in_channels]),
         "time_embedding_dim": (None, [None, 4 * widths[0]]),
         "attention_head_dim": (8, [None, *head] if len(head) == 1 else [None]),
@@ -310,7 +308,7 @@ def read_diffusers(config, tensors, file):
         schedule = file.parent / ("../scheduler" if pipeline else "") / "scheduler_config.json"
         if schedule.is_file() and not text:
             file = schedule
-            supported_or_refused(json.loads(file.read_text(encoding="utf-8")), SCHEDULE)
+            supported_or_refused(json.loads(file.read_text(encoding="utf-8")), SCHEDULE_RULES)
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"its {file.name} describes no UNet2DModel: {error!r}") from None
     except ValueError as error:
@@ -336,7 +334,7 @@ def text_unet(tensors, config):
         if not isinstance(heads, int) or not isinstance(text_dim, int):
             raise ValueError("attention_head_dim and cross_attention_dim must be one number each, for all levels")
         settings = {"in_channels": in_channels, "text_dim": text_dim, "heads": heads,
-                    **levels(config, "CrossAttn", 0, TEXT_SETTINGS | {"out_channels": (4, [in_channels])})}
+                    **levels(config, "CrossAttn", 0, TEXT_UNET_RULES | {"out_channels": (4, [in_channels])})}
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"its config.json describes no UNet2DConditionModel: {error!r}") from None
     return fill(settings, tensors, DIFFUSERS_TEXT)
@@ -348,7 +346,7 @@ def text_unet_tensors(unet):
     ours = unet.config
     kinds = ["CrossAttn" if ours["image_size"] >> level in ours["attention_at"] else ""
              for level in range(len(ours["multipliers"]))]
-    config = {name: supported[0] for name, (_, supported) in TEXT_SETTINGS.items()} | {
+    config = {name: supported[0] for name, (_, supported) in TEXT_UNET_RULES.items()} | {
         "sample_size": ours["image_size"], "in_channels": ours["in_channels"], "out_channels": ours["in_channels"],
         "block_out_channels": [ours["channels"] * multiplier for multiplier in ours["multipliers"]],
         "layers_per_block": ours["blocks"], "dropout": ours["dropout"], "norm_num_groups": ours["groups"],
@@ -362,7 +360,7 @@ def text_unet_tensors(unet):
 
 
 def is_tensors(content):
-    """Whether this is a dict name -> tensor, with something in it."""
+    """Whether this is a dict name -> tensor that is not empty."""
     return isinstance(content, dict) and len(content) > 0 and all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items())
 
@@ -399,7 +397,7 @@ def load(path):
 
 
 def read(config, path):
-    """(U-Net in evaluation mode, what was found: name -> fact) of the file `path`. ValueError: why it is none."""
+    """(U-Net in evaluation mode, what was found: name -> fact) of the file `path`. ValueError: why it is not read."""
     content = load(path)
     if isinstance(content, list):
         return read_ddpm_family(config, content)
@@ -408,11 +406,7 @@ def read(config, path):
     if isinstance(content, UNet):
         if config.image_size not in (0, content.config["image_size"]):
             raise ValueError(f"--image-size {config.image_size}: it says itself {content.config['image_size']}")
-        if config.t_init not in (Config.t_init, content.card.get("t_init")):
-            raise ValueError(f"--t-init {config.t_init}: its card says {content.card.get('t_init', 'no generator')}")
         return content, {"container": "U-Net of minUnlearn", "tensors": len(content.state_dict())}
-    if config.t_init != Config.t_init:
-        raise ValueError(f"--t-init {config.t_init} is for a one-step generator, which this is not")
     if not is_tensors(content):
         raise ValueError(f"a {type(content).__name__} is neither a checkpoint list nor the tensors of a network")
     if not (path.parent / "config.json").is_file():
@@ -431,11 +425,14 @@ def main(config):
         if out.suffix != ".safetensors" or out.is_dir():
             refuse(f"{out} is no name of a .safetensors file to write")
     with refusing(f"{config.source}: "):
-        path = locate(Path(fetch(config.source)))
+        path = locate(fetch(config.source))
         if out.exists() and out.samefile(path):
             raise ValueError("this is the file to write, too; give it another name")
         unet, found = read(config, path)
-    card = getattr(unet, "card", {"source": source.resolve().name} | found)  # ours keep their card
+        card = getattr(unet, "card", {"source": source.resolve().name} | found)  # ours keep their card
+        if config.t_init not in (Config.t_init, card.get("t_init")):
+            raise ValueError(f"--t-init {config.t_init} is for a one-step generator of a checkpoint list; "
+                             + (f"its card says {card['t_init']}" if "t_init" in card else "this is none"))
     with refusing(f"{out}: "):
         try:
             save_unet(unet, out, **card)

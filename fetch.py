@@ -44,8 +44,8 @@ def download(url, path):
 
 
 def fetch(source):
-    """The local path of what the user named: a URL, or hub:ORG/NAME, is fetched into torch's hub cache; all else stays
-    as it is. OSError when it cannot be had."""
+    """The Path of what the user named: a URL, or hub:ORG/NAME, is fetched into torch's hub cache; all else is a path
+    already. OSError when it cannot be had."""
     source = str(source)
     cache = Path(torch.hub.get_dir()) / "minunlearn"
     if source.startswith("hub:"):
@@ -56,4 +56,4 @@ def fetch(source):
     if re.match(r"(https?|file)://", source):
         url = urllib.parse.urlparse(source)
         return download(source, cache / hashlib.sha256(source.encode()).hexdigest()[:12] / Path(url.path).name)
-    return source
+    return Path(source)

@@ -164,7 +164,7 @@ class Inception(nn.Module):
 def load_inception(source=""):
     """The network in evaluation mode, with `sha256` of its file. source: a file or a URL; "" is pytorch-fid's, which is
     fetched once. ValueError or OSError when it cannot be had."""
-    path = Path(fetch(source or WEIGHTS))
+    path = fetch(source or WEIGHTS)
     if not path.is_file():
         raise OSError(f"no file {str(path)!r}: give the FID Inception's weights, {Path(WEIGHTS.split('#')[0]).name}")
     inception = Inception()

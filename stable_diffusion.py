@@ -27,10 +27,9 @@ file does not need.
 """
 
 import contextlib
-import dataclasses
 import json
-import operator
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,7 +38,7 @@ from einops import rearrange
 from safetensors.torch import save_file
 from torch import nn
 
-from convert import OLD_DIFFUSERS, is_tensors, load, rename, supported_or_refused, text_unet, text_unet_tensors
+from convert import OLD_DIFFUSERS, is_tensors, load, rename, same, supported_or_refused, text_unet, text_unet_tensors
 from record import write_atomically, write_json
 from text import ACTIVATIONS, TextEncoder, Tokenizer, settings
 from unet import WEIGHTS, UNet, VPSchedule
@@ -118,8 +117,8 @@ class Twice(nn.Module):
 class Autoencoder(nn.Module):
     """The KL autoencoder of Rombach et al. 2022. The arguments have the names and defaults of an AutoencoderKL's
     config.json. Images are (B, in_channels, H, W) in [-1, 1]; latents (B, latent_channels, h, w), where h and w are
-    H and W divided by 2 ** (len(block_out_channels) - 1). The U-Net's latents are `scaling_factor` times what the
-    encoder gives, which brings them to about unit variance; here, latents are always scaled but where it says mean.
+    H and W divided by 2 ** (len(block_out_channels) - 1). The U-Net works on latents times `scaling_factor`, which
+    brings them to about unit variance. All that is called latents here is scaled; `encode` alone returns unscaled ones.
     """
 
     def __init__(self, *, in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(64,),
@@ -159,10 +158,9 @@ class Autoencoder(nn.Module):
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
-    def latents(self, x, noise=None):
-        """Images x -> scaled latents: drawn with this standard Gaussian `noise`, of their shape, or the likeliest."""
-        mean, logvar = self.encode(x)
-        return self.scaling_factor * (mean if noise is None else mean + (logvar / 2).exp() * noise)
+    def latents(self, x):
+        """Images x -> scaled latents, the likeliest."""
+        return self.scaling_factor * self.encode(x)[0]
 
     def decode(self, latents):
         """Scaled latents -> images, near [-1, 1] but not clamped."""
@@ -172,27 +170,26 @@ class Autoencoder(nn.Module):
 # ---------------------------------------------------------------------------- all of it
 
 
-@dataclasses.dataclass
+@dataclass
 class StableDiffusion:
-    """The five parts, and `card`: facts about them. ValueError when they do not fit together."""
+    """The five parts. ValueError when they do not fit together."""
 
     tokenizer: Tokenizer
     text_encoder: TextEncoder
     vae: Autoencoder
     unet: UNet
     schedule: VPSchedule
-    card: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         text, tokens = self.text_encoder.config, 1 + max(self.tokenizer.vocabulary.values())
+        places, width, channels = self.tokenizer.max_length, text["hidden_size"], self.vae.config["latent_channels"]
         for what, one, other, fits in [
-                ("tokens in tokenizer and text encoder", tokens, text["vocab_size"], operator.le),
-                ("places in tokenizer and text encoder", self.tokenizer.max_length, text["max_position_embeddings"],
-                 operator.le),
-                ("width of a text in text encoder and U-Net", text["hidden_size"], self.unet.text_dim, operator.eq),
-                ("channels of latents in autoencoder and U-Net", self.vae.config["latent_channels"],
-                 self.unet.config["in_channels"], operator.eq)]:
-            if not fits(one, other):
+                ("tokens in tokenizer and text encoder", tokens, n := text["vocab_size"], tokens <= n),
+                ("places in tokenizer and text encoder", places, n := text["max_position_embeddings"], places <= n),
+                ("width of a text in text encoder and U-Net", width, n := self.unet.text_dim, width == n),
+                ("channels of latents in autoencoder and U-Net", channels, n := self.unet.config["in_channels"],
+                 channels == n)]:
+            if not fits:
                 raise ValueError(f"its parts do not fit together: {what}: {one} and {other}")
 
     def embed(self, prompts):
@@ -209,24 +206,17 @@ class StableDiffusion:
 
 # ---------------------------------------------------------------------------- reading a folder
 
-# Of config.json: what the libraries take when it is silent, and what the code above can be.
-TEXT_ENCODER = {"model_type": ("clip_text_model", ["clip_text_model"]), "use_attention_mask": (False, [False, None]),
-                "hidden_act": ("quick_gelu", list(ACTIVATIONS))}
-AUTOENCODER = {"_class_name": (None, ["AutoencoderKL"]), "act_fn": ("silu", ["silu", "swish"]),
-               "shift_factor": (None, [None]), "latents_mean": (None, [None]), "latents_std": (None, [None]),
-               "use_quant_conv": (True, [True]), "use_post_quant_conv": (True, [True]),
-               "mid_block_add_attention": (True, [True])}
-SCHEDULER = {"prediction_type": ("epsilon", ["epsilon"]), "beta_schedule": ("linear", ["linear", "scaled_linear"]),
-             "trained_betas": (None, [None]), "rescale_betas_zero_snr": (False, [False]),
-             "num_train_timesteps": (1000, [1000])}  # t_init and all other t are of a thousand steps
+# setting of a config.json -> (what the libraries take where it is absent, the values that the code above supports)
+TEXT_ENCODER_RULES = {
+    "use_attention_mask": (False, [False, None]), "hidden_act": ("quick_gelu", list(ACTIVATIONS)),
+} | same(model_type="clip_text_model")
+AUTOENCODER_RULES = {"_class_name": (None, ["AutoencoderKL"]), "act_fn": ("silu", ["silu", "swish"])} | same(
+    shift_factor=None, latents_mean=None, latents_std=None, use_quant_conv=True, use_post_quant_conv=True,
+    mid_block_add_attention=True)  # blocks of another kind have other tensors, which `read_network` refuses
+SCHEDULER_RULES = {"beta_schedule": ("linear", ["linear", "scaled_linear"])} | same(
+    prediction_type="epsilon", trained_betas=None, rescale_betas_zero_snr=False,
+    num_train_timesteps=1000)  # t_init and all other t are of a thousand steps
 SPECIALS = {"begin": "bos_token", "end": "eos_token", "pad": "pad_token", "unknown": "unk_token"}
-
-
-def level_kinds(config):
-    """More of the autoencoder's rules: its levels are all of one kind."""
-    levels = len(config.get("block_out_channels", [64]))
-    return {"down_block_types": (["DownEncoderBlock2D"], [["DownEncoderBlock2D"] * levels]),
-            "up_block_types": (["UpDecoderBlock2D"], [["UpDecoderBlock2D"] * levels])}
 
 
 @contextlib.contextmanager
@@ -254,37 +244,26 @@ def read_json(path):
 def read_weights(part, stem):
     """(name -> tensor, the file they are from) of the folder `part`, from the most precise file that it has."""
     pickle = "pytorch_model" if stem == "model" else stem
-    names = [f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{pickle}.bin",
-             f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json", f"{pickle}.fp16.bin"]
+    names = [f"{stem}.safetensors", f"{pickle}.bin", f"{stem}.fp16.safetensors", f"{pickle}.fp16.bin"]
     file = next((part / name for name in names if (part / name).is_file()), None)
     if file is None:
         raise FileNotFoundError(f"{part / names[0]} is missing, and so are its other forms: {', '.join(names[1:])}")
-    shards = [file]
-    if file.suffix == ".json":
-        index = read_json(file)
-        with about(file):
-            shards = [part / name for name in sorted(set(index["weight_map"].values()))]
-    tensors = {}
-    for shard in shards:
-        if not shard.is_file():
-            raise FileNotFoundError(f"{shard} is missing: {file.name} says that it holds some of the weights")
-        with about(shard):
-            content = load(shard)
-            if not is_tensors(content):
-                raise ValueError("it holds no tensors by their names")
-            tensors |= content
+    with about(file):
+        tensors = load(file)
+        if not is_tensors(tensors):
+            raise ValueError("it holds no tensors by their names")
     return tensors, file
 
 
-def read_network(network, part, stem, rules, names):
-    """A network of class `network` from the folder `part`. rules: config.json's content -> what it may say, as in
+def read_network(kind, part, stem, rules, names):
+    """A network of the class `kind` from the folder `part`. rules: what its config.json may say, as in
     `supported_or_refused`; names: a table, old names -> those of today, as in `rename`."""
     config = read_json(part / "config.json")
     with about(part / "config.json"):
-        supported_or_refused(config, rules(config))
+        supported_or_refused(config, rules)
         with torch.device("meta"):  # shapes without memory
-            network = network(**{name: config.get(name, default)
-                                 for name, default in network.__init__.__kwdefaults__.items()})
+            network = kind(**{name: config.get(name, default)
+                              for name, default in kind.__init__.__kwdefaults__.items()})
     tensors, file = read_weights(part, stem)
     with about(file):
         tensors = {name: tensor.float() for name, tensor in rename(tensors, names).items()
@@ -315,10 +294,10 @@ def read_unet(part):
 
 
 def read_schedule(file):
-    """The VPSchedule of a scheduler_config.json. Which sampler it names (PNDM, DDIM, ...) is not the model's matter."""
+    """The VPSchedule of a scheduler_config.json. The sampler that it names (PNDM, DDIM, ...) is ignored."""
     config = read_json(file)
     with about(file):
-        supported_or_refused(config, SCHEDULER)
+        supported_or_refused(config, SCHEDULER_RULES)
         kind = getattr(VPSchedule, config.get("beta_schedule", "linear"))
         return kind(*(config.get(name, default) for name, default in
                       (("num_train_timesteps", 1000), ("beta_start", 1e-4), ("beta_end", 0.02))))
@@ -360,16 +339,14 @@ def load_stable_diffusion(folder="tiny-sd"):
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {str(folder)!r}: give one as the hub serves it, or a shipped name "
                                 f"({', '.join(shipped) or 'none'})")
-    schedule = read_schedule(root / "scheduler" / "scheduler_config.json")  # what is quickly read, and refused, first
+    schedule = read_schedule(root / "scheduler" / "scheduler_config.json")  # small files first, to refuse early
     tokenizer = read_tokenizer(root / "tokenizer")
-    text_encoder = read_network(TextEncoder, root / "text_encoder", "model", lambda config: TEXT_ENCODER,
+    text_encoder = read_network(TextEncoder, root / "text_encoder", "model", TEXT_ENCODER_RULES,
                                 [(r"^(?!text_model\.)", "text_model.")])  # newer libraries leave it out
-    vae = read_network(Autoencoder, root / "vae", "diffusion_pytorch_model",
-                       lambda config: AUTOENCODER | level_kinds(config), OLD_DIFFUSERS)
+    vae = read_network(Autoencoder, root / "vae", "diffusion_pytorch_model", AUTOENCODER_RULES, OLD_DIFFUSERS)
     unet = read_unet(root / "unet")
-    card = read_json(root / "card.json") if (root / "card.json").is_file() else {}
     with about(root):
-        return StableDiffusion(tokenizer, text_encoder, vae, unet, schedule, card)
+        return StableDiffusion(tokenizer, text_encoder, vae, unet, schedule)
 
 
 # ---------------------------------------------------------------------------- writing a folder
@@ -403,14 +380,14 @@ def schedule_config(schedule):
     raise ValueError("the schedule is neither linear nor scaled linear: scheduler_config.json has no word for it")
 
 
-def save_stable_diffusion(sd, folder, dtype=torch.float32, **card):
+def save_stable_diffusion(sd, folder, dtype=torch.float32):
     """Write `sd` in the hub's layout: `load_stable_diffusion` reads it, and so does diffusers' StableDiffusionPipeline.
 
-    dtype: torch.float32, or torch.float16 for half the size. card: any facts that JSON can hold, for card.json.
+    dtype: torch.float32, or torch.float16 for half the size.
 
     From the same latents, the pipeline draws the picture of `ddim_sample(..., x0_clip=False)` once its sampler is
     `DDIMScheduler.from_config(pipeline.scheduler.config, steps_offset=0)`: by itself it takes every step one later."""
-    root, vae = Path(folder), sd.vae.config
+    root, vae, levels = Path(folder), sd.vae.config, len(sd.vae.config["block_out_channels"])
     write_tokenizer(root / "tokenizer", sd.tokenizer)
     (root / "scheduler").mkdir(exist_ok=True)
     write_json(root / "scheduler" / "scheduler_config.json",
@@ -422,10 +399,9 @@ def save_stable_diffusion(sd, folder, dtype=torch.float32, **card):
                   {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "torch_dtype": "float32",
                    **sd.text_encoder.config, **ids}, dtype)
     write_network(root / "vae", "diffusion_pytorch_model", sd.vae.state_dict(),
-                  {"_class_name": "AutoencoderKL", **vae,
-                   **{name: supported[0] for name, (_, supported) in level_kinds(vae).items()}}, dtype)
+                  {"_class_name": "AutoencoderKL", **vae, "down_block_types": ["DownEncoderBlock2D"] * levels,
+                   "up_block_types": ["UpDecoderBlock2D"] * levels}, dtype)
     write_network(root / "unet", "diffusion_pytorch_model", *text_unet_tensors(sd.unet), dtype)
-    write_json(root / "card.json", card)
     write_json(root / "model_index.json", {
         "_class_name": "StableDiffusionPipeline", "requires_safety_checker": False,
         "feature_extractor": [None, None], "safety_checker": [None, None],

@@ -1,7 +1,5 @@
 """What a method begins with: the teacher that the user named, and in two-stage SFD the pair distilled from it."""
 
-from pathlib import Path
-
 from convert import Config, locate, read
 from fetch import fetch
 from record import checksum
@@ -12,13 +10,11 @@ def load_teacher(source):
     """The U-Net of whatever the user named: a shipped name, a file of ours, or anything that this file can fetch and
     read, without a copy being written. ValueError or OSError when it is none, or a one-step generator."""
     found = fetch(source)
-    shipped = str(found) in shipped_names()
-    ours = str(found).endswith(".safetensors") and not (Path(found).parent / "config.json").is_file()
-    if found == str(source) and (shipped or ours or not Path(found).exists()):
-        unet = load_unet(found)  # or says what would be right
+    if str(source) in shipped_names() or not found.exists():
+        unet = load_unet(source)  # or says what would be right
     else:
         try:
-            path = locate(Path(found))
+            path = locate(found)
             unet, facts = read(Config(str(found)), path)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None

@@ -59,7 +59,7 @@ def byte_pairs(word, rank):
             break
         joined, i = [], 0
         while i < len(parts):
-            step = 2 if (*parts[i:i + 2],) == best else 1
+            step = 2 if tuple(parts[i:i + 2]) == best else 1
             joined.append("".join(parts[i:i + step]))
             i += step
         parts = joined

@@ -541,7 +541,7 @@ BAD = [
     (["--forget", *map(str, range(10))], "every class"),
     (["--teacher", "nobody"], "shipped name"),
     (["--teacher", "mnist-classifier"], "no minUnlearn U-Net"),
-    (["--teacher", "damaged.safetensors"], "no readable safetensors"),
+    (["--teacher", "damaged.safetensors"], "no sound safetensors"),
     (["--teacher", "unconditional.safetensors"], "class-conditional teacher"),
     (["--teacher", "rgb.safetensors", "--preset", "mnist-one-stage"], "--classifier none"),
     (["--teacher", "rgb.safetensors"], "--preset mnist-one-stage begins with the teacher itself"),

@@ -68,7 +68,7 @@ def sd():
 @pytest.fixture(scope="module")
 def saved(sd, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sd") / "tiny"
-    save_stable_diffusion(sd, folder, what="test", steps=0)
+    save_stable_diffusion(sd, folder)
     return folder
 
 
@@ -266,7 +266,6 @@ def test_autoencoder_agrees_with_diffusers(config):
     close(mean, expected.mean)
     close(logvar, expected.logvar)
     factor = config.get("scaling_factor", 0.18215)
-    close(ours.latents(x, noise=latents) / factor, expected.mean + expected.std * latents)
     close(ours.latents(x) / factor, expected.mode())
     close(ours.decode(latents), peer.decode(latents / factor).sample)
 
@@ -305,7 +304,6 @@ def test_the_unet_of_stable_diffusion_1_5_agrees_with_diffusers():
 def test_what_is_saved_is_read(sd, saved):
     again = load_stable_diffusion(saved)
     same(again, sd)
-    assert again.card == {"what": "test", "steps": 0}
     assert again.vae.config == sd.vae.config and again.text_encoder.config == sd.text_encoder.config
     assert not any(module.training for module in (again.text_encoder, again.vae, again.unet))
     assert again.embed(PROMPTS).shape == (4, 16, 32)
@@ -336,20 +334,6 @@ def fp16_beside(file):
     save_file({k: v.half() for k, v in load_file(file).items()}, file.with_suffix(".fp16.safetensors"))
 
 
-def sharded(file, index="safetensors.index.json"):
-    tensors = load_file(file)
-    names = [f"{file.stem}-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
-    where = {tensor: names[i % 3] for i, tensor in enumerate(tensors)}
-    for name in names:
-        save_file({k: v for k, v in tensors.items() if where[k] == name}, file.parent / name)
-    (file.parent / f"{file.stem}.{index}").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    file.unlink()
-
-
-def sharded_fp16(file):
-    sharded(file, "safetensors.index.fp16.json")
-
-
 def pickled(file):
     torch.save(load_file(file), file.parent / ("pytorch_model.bin" if file.stem == "model" else f"{file.stem}.bin"))
     file.unlink()
@@ -371,7 +355,7 @@ def new_names(file):
     save_file({name.removeprefix("text_model."): tensor for name, tensor in load_file(file).items()}, file)
 
 
-@pytest.mark.parametrize("form", [fp16, fp16_beside, sharded, sharded_fp16, pickled, old_names, new_names])
+@pytest.mark.parametrize("form", [fp16, fp16_beside, pickled, old_names, new_names])
 def test_every_form_of_weights_is_read(form, folder, sd):
     for part, file in WEIGHTS_OF.items():
         form(folder / part / file)
@@ -383,10 +367,9 @@ def test_settings_that_config_json_leaves_out_are_the_libraries_defaults(folder,
     edit(folder / "vae" / "config.json", scaling_factor=None, act_fn=None, sample_size=None)
     edit(folder / "text_encoder" / "config.json", hidden_act=None, layer_norm_eps=None)
     edit(folder / "scheduler" / "scheduler_config.json", prediction_type=None)
-    (folder / "card.json").unlink()
     again = load_stable_diffusion(folder)
     same(again, sd)
-    assert again.vae.scaling_factor == 0.18215 and again.card == {}
+    assert again.vae.scaling_factor == 0.18215
 
 
 @pytest.mark.parametrize("settings", [dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02),
@@ -444,11 +427,6 @@ def cut(part, to=0.5):
     return change
 
 
-def without_a_shard(folder):
-    sharded(folder / "vae" / WEIGHTS_OF["vae"])
-    (folder / "vae" / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
-
-
 def with_code(folder):
     (folder / "unet" / WEIGHTS_OF["unet"]).unlink()
     torch.save({"x": re.compile("x"), "y": print}, folder / "unet" / "diffusion_pytorch_model.bin")
@@ -486,8 +464,6 @@ SCHEDULER = "scheduler/scheduler_config.json"
     (setting("vae/config.json", latents_mean=[0.1]), ValueError, "vae/config.json", "latents_mean"),
     (setting("vae/config.json", use_quant_conv=False), ValueError, "vae/config.json", "use_quant_conv False"),
     (setting("vae/config.json", mid_block_add_attention=False), ValueError, "vae/config.json", "mid_block_add_attention False"),
-    (setting("vae/config.json", down_block_types=["DownEncoderBlock2D", "AttnDownEncoderBlock2D", "DownEncoderBlock2D"]), ValueError, "vae/config.json", "down_block_types"),
-    (setting("vae/config.json", up_block_types=["UpDecoderBlock2D"]), ValueError, "vae/config.json", "up_block_types"),
     (setting("vae/config.json", _class_name="AutoencoderTiny"), ValueError, "vae/config.json", "_class_name 'AutoencoderTiny'"),
     (setting("vae/config.json", norm_num_groups=5), ValueError, "vae/config.json", "divisible"),
     (setting("vae/config.json", block_out_channels=7), ValueError, "vae/config.json", "."),
@@ -499,7 +475,6 @@ SCHEDULER = "scheduler/scheduler_config.json"
     (tensors("vae", lambda t: t["quant_conv.bias"].fill_(float("nan"))), ValueError, "vae/" + WEIGHTS_OF["vae"], "not finite, the tensor quant_conv.bias"),
     (tensors("unet", lambda t: t.pop("conv_in.bias")), ValueError, "unet/" + WEIGHTS_OF["unet"], "lacks the tensor conv_in.bias"),
     (tensors("text_encoder", lambda t: t.update(text_projection=torch.zeros(1))), ValueError, "text_encoder/model.safetensors", "text_projection"),
-    (without_a_shard, FileNotFoundError, "diffusion_pytorch_model-00002-of-00003.safetensors", "is missing"),
     (with_code, ValueError, "unet/diffusion_pytorch_model.bin", "code"),
     (setting("tokenizer/tokenizer_config.json", model_max_length=77), ValueError, "tiny", "places .*77 and 16"),
 ])
@@ -549,12 +524,11 @@ def test_diffusers_pipeline_draws_the_same_image(dtype, sd, tmp_path):
     unguided = ours.vae.decode(ddim_sample(ours.unet, ours.schedule, z, c, steps=20, x0_clip=False))
     assert ((unguided / 2 + 0.5).clamp(0, 1) - theirs).abs().max() > 0.01  # the text matters
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert files >= {"model_index.json", "card.json", "tokenizer/merges.txt", "unet/config.json"}
+    assert files >= {"model_index.json", "tokenizer/merges.txt", "unet/config.json"}
 
 
 def test_what_diffusers_writes_is_read(sd, saved, tmp_path):
-    pipeline_of(saved).save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
-    assert list(tmp_path.rglob("*.index.json"))  # in shards
+    pipeline_of(saved).save_pretrained(tmp_path / "theirs")
     same(load_stable_diffusion(tmp_path / "theirs"), sd)
 
 
