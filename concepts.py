@@ -80,15 +80,19 @@ def contains(prompt, concept):
     return set(words(concept)) <= set(words(prompt))
 
 
+def phrase(concept):
+    """A pattern: the concept's words where they stand together, with nothing but spaces or punctuation between."""
+    return re.compile(r"(?<!\w)" + r"\W+".join(words(concept)) + r"(?!\w)", re.IGNORECASE)
+
+
 def replace(prompt, concept, override):
-    """The prompt with the concept replaced: as a whole where it stands as a whole; what is left of it, word by word.
+    """The prompt with the concept replaced: as one phrase where its words stand together, otherwise word by word.
 
     ValueError when the prompt does not contain it, or when it is scattered and the override has more or fewer words.
     """
     prompt = composed(prompt)
-    whole = re.compile(r"(?<!\w)" + r"\W+".join(words(concept)) + r"(?!\w)", re.IGNORECASE)
-    if whole.search(prompt):
-        prompt = whole.sub(lambda _: override, prompt)
+    if phrase(concept).search(prompt):
+        prompt = phrase(concept).sub(lambda _: override, prompt)
         if not contains(prompt, concept) or contains(override, concept):
             return prompt
     pairs = dict(zip(words(concept), words(override)))
@@ -98,13 +102,11 @@ def replace(prompt, concept, override):
 
 
 def without(prompt, concept):
-    """The prompt with the concept left out, as a whole where it stands as a whole; what is left of it, word by word; if
-    it is all there. "a red three" without "three" is "a red"."""
+    """The prompt with the concept left out: as one phrase where its words stand together, otherwise word by word. A
+    prompt that lacks one of them stays as it is. "a red three" without "three" is "a red"."""
     if not contains(prompt, concept):
         return prompt
-    prompt = composed(prompt)
-    whole = re.compile(r"(?<!\w)" + r"\W+".join(words(concept)) + r"(?!\w)", re.IGNORECASE)
-    left = whole.sub("", prompt)
+    left = phrase(concept).sub("", composed(prompt))
     if contains(left, concept):
         left = re.sub(r"[^\W_]+", lambda word: "" if word[0].lower() in words(concept) else word[0], left)
     return re.sub(r"\s+(?=\s|,)|,(?=\s*(?:,|$))", "", left).strip(" ,")

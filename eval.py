@@ -9,11 +9,11 @@
 What each number says, and what it misses:
 
     ua                  unlearning accuracy: 1 - accuracy of a classifier on images asked for as the forgotten class.
-                        Noise can score 100% too (this classifier is sure that it is an 8): read it beside `became`
+                        Noise can score 100% too (this classifier takes it for an 8), so read it beside `became`
     retained_accuracy   accuracy on images asked for as each of the other classes, averaged over classes
     became              what the classifier sees in images of the forgotten label: share per class
-    entropy_retained,   mean entropy of the classifier's answer, in nats; 0 is certain, ln 10 = 2.3 is at a loss. It
-    entropy_forgotten   does not give noise away
+    entropy_retained,   mean entropy of the classifier's answer, in nats; 0: certain, ln 10 = 2.3: no idea. Low on noise
+    entropy_forgotten   too, so it does not give noise away
     fid                 Frechet distance between features of generated and of real images, retained classes only
     precision, recall   share of generated images near real ones, and of real images near generated ones
     inception_score     exp(mean KL(p(y|x) || p(y))): confident and varied; knows nothing of real images
@@ -24,13 +24,13 @@ and of a network that is not asked for a class:
     pul                 percent unlearned: the share of the forgotten class that is gone from unconditional images.
                         Noise can score 100% too, so read it beside `u_fid`
     u_fid               fid of all its images against real images of the retained classes
-    confidence          mean probability that the classifier gives to what it sees; does not give noise away
+    confidence          mean probability that the classifier gives to what it sees; high on noise too
 
 On MNIST, features are the 128 of the classifier's penultimate layer, so the distances compare with nobody's Inception
-FID, only with each other: each report has the teacher's own and that of real test images (the floor) beside it. In fid
-all classes weigh the same. In u_fid real images have MNIST's own proportions, and generated ones those that were drawn;
+FID, only with each other: each report has the teacher's own and that of real test images (the floor) beside it. fid
+weighs all classes equally. In u_fid real images have MNIST's own proportions, and generated ones those that were drawn;
 in precision and recall real ones have MNIST's. All images are rounded to 8 bits before the classifier sees them. On a
-GPU float32 has TF32 inside convolutions.
+GPU, float32 convolutions use TF32.
 
 --features inception is for CIFAR-10 and STL-10: the 2,048 of the FID Inception (inception.py), 5,000 images a class,
 the training images of the retained classes as reference, taken from --data once and kept there in a file. Accuracies
@@ -44,7 +44,7 @@ import torch
 
 from concepts import ConceptJudge, check_drawn, evaluate_concept, load_concept_statistics
 from data import mnist
-from features import Judge, load_classifier, look  # noqa: F401 (for the notebooks, too)
+from features import Judge, load_classifier, look  # noqa: F401 (some names are for those who import from eval)
 from inception import evaluate_inception, load_inception, real_reference
 from metrics import (  # noqa: F401 (the same)
     as_classes,
@@ -60,7 +60,7 @@ from metrics import (  # noqa: F401 (the same)
     report,
     unlearning_accuracy,
 )
-from record import check_out, checksum, command, commit, machine, write_json
+from record import check_out, checksum, command, commit, machine, precision, write_json
 from run import choose_amp, choose_device, option, parse, refusing
 from samples import balanced_labels, generate, guided_sampler, sampler_of, unconditional_sampler
 from stable_diffusion import load_stable_diffusion
@@ -109,10 +109,10 @@ def evaluate(sample, nfe, judge, unet, forget, per_class, seed, teacher_sample=N
     if judge.facts and checksum(unet.path) == judge.facts["teacher"]["sha256"]:
         accuracies = judge.facts["teacher"]["class_accuracy"]
     elif teacher_sample:
-        its_images, _ = generate(teacher_sample, labels, unet.image_shape, seed, judge.device, batch, "teacher")
-        its_features, its_probabilities = judge(its_images)
-        statistics = statistics and statistics | {"teacher": class_moments(its_features, labels, unet.num_classes)}
-        accuracies = [*class_accuracies(labels, its_probabilities.argmax(1)).values()]
+        teacher_images, _ = generate(teacher_sample, labels, unet.image_shape, seed, judge.device, batch, "teacher")
+        teacher_features, teacher_probabilities = judge(teacher_images)
+        statistics = statistics and statistics | {"teacher": class_moments(teacher_features, labels, unet.num_classes)}
+        accuracies = [*class_accuracies(labels, teacher_probabilities.argmax(1)).values()]
     elif statistics:  # another network's numbers are not its own
         statistics = {name: moments for name, moments in statistics.items() if name != "teacher"}
     result = report(labels, features, probabilities, statistics, forget)
@@ -129,23 +129,21 @@ def evaluate(sample, nfe, judge, unet, forget, per_class, seed, teacher_sample=N
                      "preprocessing": "clipped to [-1, 1], rounded to 8 bits, real and generated alike"}
 
 
-TEACHERS_SEEN = {}  # classifier, teacher and protocol -> moments and confidence: its images are drawn once a process
-
-
 def evaluate_unconditional(sample, judge, forget, n=2000, teacher=None, teacher_sample=None, dtype=None, seed=0):
-    """Draw `n` images without labels with `sample` (z, c, noise) -> images, and compare them with the teacher's from
-    the same noise: PUL, u-FID and the classifier's confidence, as a dictionary for metrics.json.
+    """Draw `n` images of MNIST's shape without labels, with `sample` (z, c, noise) -> images, and compare them with the
+    teacher's from the same noise: PUL, u-FID and the classifier's confidence, as a dictionary for metrics.json.
 
     u_fid         of all n images against real images of the retained classes, in the proportions of the real ones
-    teacher_fid   of the teacher's images, without those that the classifier sees as forgotten, against the same: as
-                  good as one can get by leaving out. `teacher_u_fid` is of all its images, the forgotten ones included
-    balanced_fid  of the images that the classifier sees as a retained class, these classes weighed alike, in the images
+    teacher_fid   of the teacher's images, without those that the classifier sees as forgotten, against the same: what a
+                  model would have that merely left these out. `teacher_u_fid` is of all its images, forgotten ones too
+    balanced_fid  of the images that the classifier sees as a retained class, each class weighted equally, in the images
                   and in the reference: it counts neither how often each class is drawn nor what is still seen as
                   forgotten. A class never drawn counts as features 0
+    forget: list of classes. judge: one with statistics. dtype: what both samplers autocast to, for the record.
     teacher, teacher_sample: the network and its sampler. The shipped teacher's numbers come with the statistics when n,
-    seed and dtype, the samplers', are those of the statistics; otherwise its images are drawn too, once a process.
+    seed and dtype are those of the statistics; otherwise its images are drawn too.
     """
-    batch, sampler_dtype = 100, str(dtype or torch.float32).removeprefix("torch.")
+    batch, sampler_dtype = 100, precision(dtype)
     kept = [k for k in range(10) if k not in forget]
     images, seconds = generate(sample, n, (1, 28, 28), seed, judge.device, batch, "to judge")
     features, probabilities = judge(images)
@@ -153,18 +151,13 @@ def evaluate_unconditional(sample, judge, forget, n=2000, teacher=None, teacher_
     known = judge.facts["unconditional"]
     mine = {"sha256": teacher.path and checksum(teacher.path), "images": n, "evaluation_seed": seed,
             "sampler_dtype": sampler_dtype}
-    key = (judge.facts["classifier_sha256"], *mine.values())
     if mine == {name: known[name] for name in mine}:
         before, confidence = judge.statistics["unconditional"], known["confidence"]
-    elif key in TEACHERS_SEEN:
-        before, confidence = TEACHERS_SEEN[key]
     else:
-        its_images, _ = generate(teacher_sample, n, (1, 28, 28), seed, judge.device, batch, "teacher")
-        its_features, its_probabilities = judge(its_images)
-        before = class_moments(its_features, its_probabilities.argmax(1), 10)
-        confidence = mean_confidence(its_probabilities)
-        if teacher.path:  # a network in no file could be any
-            TEACHERS_SEEN[key] = before, confidence
+        teacher_images, _ = generate(teacher_sample, n, (1, 28, 28), seed, judge.device, batch, "teacher")
+        teacher_features, teacher_probabilities = judge(teacher_images)
+        before = class_moments(teacher_features, teacher_probabilities.argmax(1), 10)
+        confidence = mean_confidence(teacher_probabilities)
 
     after = class_moments(features, probabilities.argmax(1), 10)
     real = pool(*(x[kept] for x in judge.statistics["train"]))
@@ -198,16 +191,16 @@ def table(result):
     rows = []
 
     def with_teacher(name, form, more=""):
-        its = f"teacher_{name}"
-        beside = (f"teacher {form.format(result[its])}" if its in result else "") + more
+        key = f"teacher_{name}"
+        beside = (f"teacher {form.format(result[key])}" if key in result else "") + more
         return form.format(result[name]) + (f"   ({beside.removeprefix(', ')})" if beside else "")
 
     if "far" in result:
         def beside(name):
             return "none" if result[name] is None else f"{result[name]:.2%}   (teacher {result[f'teacher_{name}']:.2%})"
 
-        its = result["teacher_images"]  # FIDs of other numbers of pictures do not quite compare
-        of = f" of {its:,} pictures" if its != result["images"] else ""
+        n_teacher = result["teacher_images"]  # FIDs of other numbers of pictures do not quite compare
+        of = f" of {n_teacher:,} pictures" if n_teacher != result["images"] else ""
         if "ua" in result:
             rows = [("UA (concept gone)", f"{result['ua']:.2%} of {result['ua_images']:,} pictures"),
                     ("they show", ", ".join(f"{v:.1%} {k}s" for k, v in result["became"].items()))]
@@ -241,8 +234,8 @@ def table(result):
         others = [f"{k}: {v:.1%}" for k, v in result["class_accuracy"].items() if k not in result.get("became", {})]
         rows += [("retained accuracy", with_teacher("retained_accuracy", "{:.2%}")), ("by class", "  ".join(others))]
     if "fid" in result:
-        its = result.get("teacher_images_per_class")  # at another number of images FIDs do not quite compare
-        floor = f" at {its} a class" if its and its != result["images_per_class"] else ""
+        n_teacher = result.get("teacher_images_per_class")  # at another number of images FIDs do not quite compare
+        floor = f" at {n_teacher} a class" if n_teacher and n_teacher != result["images_per_class"] else ""
         floor += f", real test images {result['real_test_fid']:.3f}"
         rows += [("FID on retained classes", with_teacher("fid", "{:.3f}", floor))]
     for name in ("u_fid", "precision", "recall", "inception_score"):
@@ -269,10 +262,10 @@ class Config:
     checkpoint: str = option("mnist", "a shipped name or a .safetensors file", positional=True)
     sampler: str = option("auto", "auto: one-step for a distilled generator, ddim otherwise",
                           choices=["auto", "one-step", "ddim", "ancestral"])
-    steps: int = option(50, "steps of the ddim sampler", low=1, high=1000)
+    steps: int = option(50, "steps of the ddim sampler; PUL and u-FID always take 20", low=1, high=1000)
     eta: float = option(0.0, "ddim: 0 deterministic, 1 as much noise as the ancestral sampler", low=0, high=1)
-    guidance: float = option(0.0, "k in null + k (cond - null); 1: none; 0 stands for the usual one, 1, or for "
-                             "text-to-image 4.5", low=0)
+    guidance: float = option(0.0, "k in null + k (cond - null), 1: none; if 0, the usual: 1, for text-to-image 4.5",
+                             low=0)
     forget: str = option("auto", "classes that should be gone; auto: those on the checkpoint's card; none: no class",
                          nargs="+")
     features: str = option("classifier", "what distances are taken on; inception: CIFAR-10 and STL-10, needs --data",

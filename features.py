@@ -91,7 +91,7 @@ def load_statistics(name="mnist-statistics"):
 
 
 def check_classifier(facts, statistics, classifier="mnist-classifier"):
-    """ValueError when statistics, by their facts, were made with another classifier than this one is now."""
+    """ValueError when statistics say, by their facts, that they were made with another classifier than this one."""
     if facts.get("classifier_sha256") != checksum(weights_path(classifier)):
         raise ValueError(f"the statistics {str(statistics)!r} were not made with {classifier!r} as it is now; see "
                          "pretrain.py, or give --classifier none")
@@ -110,8 +110,8 @@ class Judge:
     """Looks at images of a network (N, C, H, W) on behalf of the metrics: a classifier, and what to compare with.
 
     unet: the network to be judged, of the classifier's classes or unconditional; ValueError when it draws something
-    that the classifier cannot read, or when a file is not what it should be. `statistics` is None, and `facts` is
-    empty, but for MNIST: at other sizes the distances are Inception's, see inception.py.
+    that the classifier cannot read, or when a file is not what it should be. `statistics` and `facts` are there for
+    MNIST alone (else None and {}): at other sizes the distances are Inception's, see inception.py.
     """
 
     def __init__(self, unet, classifier="mnist-classifier", statistics="mnist-statistics"):

@@ -141,8 +141,8 @@ def report(labels, features, probabilities, statistics, forget=()):
     """Every number that needs no real image at hand, as a dictionary for metrics.json.
 
     labels (N,): each class 0 .. K-1 equally often; features (N, D), probabilities (N, K): as a `Judge` gives them.
-    statistics: name -> (means (K, D), covariances (K, D, D), counts (K,)); "train" is the reference of every FID. None:
-    accuracies alone.
+    statistics: name -> (means (K, D), covariances (K, D, D), counts (K,)); "train", the reference of every FID, and
+    "test" must be there, "teacher" may. None: accuracies alone.
     """
     predictions, kept = probabilities.argmax(1), [k for k in labels.unique().tolist() if k not in forget]
     asked = torch.isin(labels, as_classes(forget))

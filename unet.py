@@ -1,7 +1,7 @@
 """The network, the noise schedule and the samplers: what every method file stands on.
 
     import torch
-    from unet import UNet, VPSchedule, load_unet, ddim_sample
+    from unet import VPSchedule, load_unet, ddim_sample
 
     teacher, schedule = load_unet("mnist"), VPSchedule.linear()
     images = ddim_sample(teacher, schedule, torch.randn(10, 1, 28, 28), torch.arange(10))
@@ -18,7 +18,7 @@ Glossary. Labels (D1) to (D3) and (L1) are this project's own; they stand on the
     a, s       a_t, s_t     sqrt(abar_t) and sqrt(1 - abar_t): how much signal, how much noise
     eps        eps_theta    the network's guess of the noise in x_t; the score is -eps / s_t  (D2)
     c          c            what the image should show: nothing, a class label, (B,), or a text embedding, (B, L, D)
-    guidance   k            how far beyond "nothing said", "", to go towards c; 1 is none     (L1)
+    guidance   k            how far to go from what "", nothing said, gives towards what c does; 1: to it  (L1)
 """
 import functools
 import json
@@ -84,10 +84,10 @@ class VPSchedule(nn.Module):
 
 
 def sinusoidal_embedding(t, dim, stable_diffusion=False):
-    """Steps t (B,) as sines and cosines of geometrically spaced frequencies: (B, dim).
+    """Steps t (B,) as sines and cosines of geometrically spaced frequencies: (B, dim), dim even.
 
     Ho et al. put the sines first and end at frequency 1/10000; Stable Diffusion puts the cosines first and ends one
-    place before."""
+    frequency earlier."""
     last = dim // 2 if stable_diffusion else dim // 2 - 1
     frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / last)
     angles = t[:, None].float() * frequencies
@@ -102,7 +102,7 @@ def zeroed(module):
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm, SiLU, conv, + what the embedding says, GroupNorm, SiLU, dropout, conv; all added to the input."""
+    """GroupNorm, SiLU, conv, + the projected embedding, GroupNorm, SiLU, dropout, conv; all added to the input."""
 
     def __init__(self, cin, cout, emb_dim, groups, dropout, eps=1e-6):
         super().__init__()
@@ -137,7 +137,7 @@ class Attention(nn.Module):
 
 
 class NoAttention(nn.Module):
-    """Where a level has none."""
+    """The identity, at levels without attention."""
 
     def forward(self, x, text=None):
         return x
@@ -266,11 +266,9 @@ class UNet(nn.Module):
     def embed(self, t, c):
         """What every block is told: the time, and the class if there is one. t (B,), c as in `forward` -> (B, D)."""
         if (c is None) != (self.num_classes is None and self.text_dim is None):
-            raise ValueError("this U-Net is unconditional: call it without c" if c is not None else
-                             f"this U-Net is conditioned on text: give embeddings (B, L, {self.text_dim})"
-                             if self.text_dim else
-                             f"this U-Net is class-conditional: give labels 0..{self.num_classes - 1}, "
-                             f"or {self.null_label} for none")
+            wanted = (f"c: text embeddings (B, L, {self.text_dim})" if self.text_dim is not None else "no c"
+                      if c is not None else f"c: labels 0..{self.num_classes - 1}, or {self.null_label} for none")
+            raise ValueError(f"this U-Net takes {wanted}")
         emb = self.time_dense(sinusoidal_embedding(t, self.config["channels"], self.text_dim is not None))
         if self.num_classes is not None:
             emb = torch.cat([emb, self.class_dense(self.class_embedding(c))], dim=1)
@@ -312,18 +310,20 @@ class UNet(nn.Module):
 def indexed_noise(seed, indices):
     """A source of noise in which image i's noise depends on (seed, i) alone, whatever the batch around it.
 
-    Returns a function shape -> (len(indices), *shape) on the CPU; each call draws on. Two networks that are given
-    the same source can be compared image by image.
+    Returns a function shape -> (len(indices), *shape) on the CPU; each call goes on where the last one ended. Two
+    networks that are given the same source can be compared image by image.
     """
     sources = [torch.Generator().manual_seed(seed * 1_000_003 + int(i)) for i in indices]
     return lambda shape: torch.stack([torch.randn(tuple(shape), generator=source) for source in sources])
 
 
 def guided_noise(unet, x_t, t, c, guidance, null=None):
-    """Classifier-free guidance in the convention null + guidance (cond - null): 1 is none, and costs one call.
+    """Predicted noise (B, C, H, W) with classifier-free guidance, null + guidance (cond - null). 1 is none and costs
+    one call, anything else two in one batch. x_t (B, C, H, W), t (B,), c as the U-Net takes it; None: no guidance.
 
     guidance: a number, or one for each image, (B, 1, 1, 1).
-    null: what "nothing said" is, in the shape of c: the null label if not given; with text, the embedding of ""."""
+    null: what "nothing said" is, in the shape of c: the null label if not given; with text, the embedding of "", and
+    ValueError without it."""
     if c is None or (not torch.is_tensor(guidance) and guidance == 1):
         return unet(x_t, t, c)
     if null is None and unet.null_label is None:
@@ -337,11 +337,11 @@ def guided_noise(unet, x_t, t, c, guidance, null=None):
 def ddim_sample(unet, schedule, z, c=None, steps=50, eta=0.0, guidance=1.0, x0_clip=True, noise=None, null=None):
     """Images from noise, by DDIM (Song, Meng, Ermon 2021).
 
-    z (B, C, H, W) standard Gaussian, c as the U-Net takes it -> images (B, C, H, W), in [-1, 1] when x0_clip.
-    eta 0 is deterministic; eta 1 at steps = T is the ancestral sampler. steps is 1..T, and the cost in network calls
-    (twice that with guidance); the first is at t = (steps - 1) T // steps: 980 for steps=50; 0 for steps=1, which so
-    leaves z, the noise, as it is, but for clipping. noise: a function shape -> noise, such as `indexed_noise(...)`, for
-    eta > 0. null: as in `guided_noise`. Latents are no images: x0_clip=False for them.
+    z (B, C, H, W) standard Gaussian, c as the U-Net takes it -> images (B, C, H, W), in [-1, 1] with x0_clip (not for
+    latents). steps, 1..T, else ValueError: one network call each, two with guidance, at t = i T // steps for i = steps
+    - 1 .. 0; so 980, 960, .. 0 for 50, and only 0 for 1, which hardly changes z. eta, 0..1: 0 is deterministic, 1 with
+    steps = T the ancestral sampler. guidance, null: as in `guided_noise`. noise: a function shape -> (B, *shape), such
+    as `indexed_noise(...)`, for eta > 0.
     """
     if not 1 <= steps <= schedule.T:
         raise ValueError(f"steps must be 1..{schedule.T}, not {steps}")
@@ -390,8 +390,8 @@ def weights_path(source):
 def write_tensors(path, kind, tensors, **facts):
     """Write `tensors` (name -> tensor) to `path` as safetensors, in one move: no reader ever sees half a file.
 
-    The metadata says in JSON what `kind` of file this is and what else there is to know. One key, so that the same
-    content is the same bytes.
+    The metadata says in JSON what `kind` of file this is and what else there is to know. All of it under one key, so
+    that the same content is the same bytes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -436,7 +436,8 @@ def load_network(source, kind, build):
         network = build(facts)
         network.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{source} does not hold the {kind} that it says: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[-1].strip()[:200]  # PyTorch's first line names no tensor
+        raise ValueError(f"{source} does not hold the {kind} that it says: {reason}") from None
     return network.eval(), facts
 
 

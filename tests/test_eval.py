@@ -166,22 +166,6 @@ def test_unconditional_report_counts_the_forgotten_class_before_and_after(monkey
     assert other["n_before"] == 100 and other["pul"] == 0.5
 
 
-def test_an_unknown_teacher_is_drawn_once_a_process_and_one_in_no_file_each_time(monkeypatch):
-    before, _ = generate(drawn(range(10)), 500, (1, 28, 28), 0, "cpu", batch=50)
-    monkeypatch.setattr(evaluation, "checksum", lambda path: path)
-    monkeypatch.setattr(evaluation, "TEACHERS_SEEN", {})
-
-    def teacher_counts(path, classes, seed=0):
-        network = type("Net", (), {"path": path})
-        return evaluation.evaluate_unconditional(drawn(range(10)), Stand(before, 500), [3], 100, network, drawn(classes),
-                                                 seed=seed)["teacher_counts"]
-
-    few, many = list(range(10)), [0, 1, 2, 3, 4, 5, 6, 3, 8, 9]  # 3s
-    assert teacher_counts("another", few)[3] == teacher_counts("another", many)[3] == 10
-    assert teacher_counts("another", many, seed=1)[3] == teacher_counts("a third", many)[3] == 20
-    assert (teacher_counts(None, few)[3], teacher_counts(None, many)[3]) == (10, 20)
-
-
 def test_precision_recall_known_answers():
     g = torch.Generator().manual_seed(0)
     cloud = torch.randn(300, 4, generator=g)
