@@ -3,18 +3,18 @@
 Panda, Varun M S, Jain, Maharana, Prathosh A. P., "Variational Diffusion Unlearning" (v4: "Unlearning in Diffusion
 Models under Data Constraints: A Variational Inference Approach"), TMLR 2026, arXiv 2510.04058.
 
-    python vdu.py --forget 1                          # from two CPU cores to a GPU
+    python vdu.py --forget 1                          # MNIST, on two CPU cores or a GPU
     python vdu.py --forget 2 --images 10              # all we have of it is ten images
     python vdu.py --forget 3 --data my_images/        # a folder of pictures of what is to go
     python vdu.py --preset tiny-sd --forget red       # a feature, from a text-to-image model
     python pretrain.py cifar10-posterior              # CIFAR-10: K networks that go on from google/ddpm-cifar10-32
     python vdu.py --teacher runs/pretrain-cifar10-posterior/cifar10-unconditional.safetensors \\
         --posterior runs/pretrain-cifar10-posterior/cifar10-unconditional-posterior.safetensors --data data \\
-        --classifier none --out runs/vdu-cifar10-forget1        # at MNIST's settings, for want of others
+        --classifier none --out runs/vdu-cifar10-forget1        # with MNIST's settings: none were tuned for CIFAR-10
 
 The idea. Training gave us a belief about the weights, the posterior p(theta | D): a Gaussian around the weights mu*
-that we use, wide (sigma*) where trainings that shared a beginning and then went on alone disagree, narrow where they
-agree: their spread stands in for the posterior's. What we would like is the belief that we would hold had we never
+that we use. Its width sigma* stands for how far K trainings that share a beginning and then go on alone come apart:
+wide where they disagree, narrow where they agree. What we would like is the belief that we would hold had we never
 seen the undesired images D_f, only the retained rest D_r. Bayes' rule takes evidence out as easily as it puts it in.
 As p(theta | D) is proportional to p(D_f | theta) p(theta | D_r),
 
@@ -27,16 +27,16 @@ nearest to it:
                                   = KL(q || p(theta | D)) + E_q log p(D_f | theta) + constant
 
 The second term makes the undesired images unlikely. Minus the denoising error bounds log p from below, and (V3), the
-plasticity inducer, pushes this bound down: the network shall denoise D_f badly (that log p follows is hoped, not
-proved). The first term, for two Gaussians of one width, is half the squared distance between their means, in units of
+plasticity inducer, pushes this bound down: the network is to denoise D_f badly. (That log p itself falls is hoped, not
+proved.) The first term, for two Gaussians of one width, is half the squared distance between their means, in units of
 sigma*: that is (V4), the stability regularizer, which lets a weight move if those trainings disagree on it, and holds
 it if they agree. (V5) mixes the two.
 
 How far? (V3) has no lower bound: left alone it ends in a network that draws blots. And on the way, it seems, the
-error on D_f grows most by what all images share, such as more ink or less, so that the rest goes too. At mu* the slope
-of (V3) is still about D_f. So --plasticity tangent, as MNIST has it, takes (V3) by its tangent there, (V6), and (V5),
-with any gamma above 0, is a bowl with a minimum. We walk down by the natural gradient of q, in short steps, and stop
-when the error on some of D_f has grown by a given factor.
+error on D_f grows mostly through what all images share, such as more ink or less, and retained images suffer too. At
+mu* the slope of (V3) is still about D_f. So --plasticity tangent, the default, takes (V3) by its tangent there, (V6),
+and (V5), with any gamma above 0, is a bowl with a minimum. We walk down by the natural gradient of q, in short steps,
+and stop when the error on some of D_f has grown by a given factor.
 
 Glossary. The labels stand on the lines that do them; (D1) to (D3) are in unet.py.
 
@@ -48,7 +48,7 @@ Glossary. The labels stand on the lines that do them; (D1) to (D3) are in unet.p
     A               A           plasticity inducer, minimised: minus the denoising error on D_f  (V3)
     B               B           stability regularizer                                            (V4)
     gamma           gamma       0: forget at any cost; 1: stay                                   (V5)
-    at              mu*         where (V3) is taken; with --plasticity full that is theta        (V6)
+    at              mu*         the network by which (V3) is taken; --plasticity full: unet      (V6)
 """
 import copy
 from dataclasses import dataclass
@@ -78,8 +78,9 @@ from unet import VPSchedule, ddim_sample, load_unet, read_tensors, save_unet
 # ---------------------------------------------------------------------------- config
 
 PRESETS = {
-    "mnist": dict(images=0, plasticity="tangent", gamma=0.3, batch_size=256, stop_at=1.2),  # and the defaults below
-    "tiny-sd": dict(sd="tiny-sd", forget="red", steps=100, stop_at=12.0, lr=4.0, t_max=900),
+    "mnist": {},  # the defaults below
+    "tiny-sd": dict(sd="tiny-sd", forget="red", images=100, steps=100, stop_at=12.0, batch_size=64, lr=4.0, gamma=0.7,
+                    plasticity="full", t_max=900),
 }
 
 
@@ -89,40 +90,40 @@ class Config:
     forget: str = option("1", "class or classes to forget", nargs="+")
     sd: str = option("", "feature unlearning in a text-to-image model: tiny-sd, or a folder as the hub serves Stable "
                      "Diffusion 1.x, with --preset tiny-sd; --forget is then a word or a phrase")
-    prompt: str = option("", "--sd: what pictures of a folder are called; the forgotten phrase if not given", nargs="+",
-                        joint=" ")
     data: str = option("auto", "the undesired images: a folder with MNIST, CIFAR-10, tiny ImageNet or pictures; "
                                "teacher: drawn from the class-conditional one, or by --sd tiny-sd itself; "
-                               "auto: data/, a download, else teacher; with --sd tiny-sd as teacher")
-    images: int = option(100, "how many undesired images are at hand; 0: all that --data has, or 100 drawn", low=0)
+                               "auto: from data/, downloaded if need be, else as teacher; with --sd tiny-sd as teacher")
+    images: int = option(0, "how many undesired images are at hand; 0: all that --data has, or 100 drawn", low=0)
     teacher: str = option("mnist-unconditional", "a shipped name, a file, a URL or hub:ORG/NAME; see convert.py")
     posterior: str = option("auto", "the variance of the teacher's weights: a shipped name, a file, or K >= 2 files of "
-                            "U-Nets, whose variance it is and whose mean then takes the teacher's place; auto: what "
-                            "ships for the shipped ones", nargs="+")
+                            "U-Nets: their variance, and their mean in place of the teacher; auto: the shipped one",
+                            nargs="+")
     steps: int = option(60, "training steps, at most; our choice", low=0)
-    stop_at: float = option(1.25, "end when the error on some fixed noised images of D_f has grown by this factor; 0: "
+    stop_at: float = option(1.2, "end when the error on some fixed noised images of D_f has grown by this factor; 0: "
                             "never; our choice", low=0)
-    batch_size: int = option(64, "undesired images a step, over all processes; our choice", low=1)
+    batch_size: int = option(256, "undesired images a step, over all processes; our choice", low=1)
     optimizer: str = option("natural", "natural: the natural gradient of q, sigma*^2 times the plain one; or adam; our "
                             "choice", choices=["natural", "adam"])
     lr: float = option(1.0, "natural: length of a step in sigmas, over all weights; adam: its rate, such as 1e-5; our "
                        "choice", low=0)
-    gamma: float = option(0.7, "gamma of (V5); our choice", low=0, high=1)
-    plasticity: str = option("full", "full: (V3) as it is, at theta; tangent: (V6), by its tangent at mu*; our choice",
+    gamma: float = option(0.3, "gamma of (V5); our choice", low=0, high=1)
+    plasticity: str = option("tangent", "tangent: (V6), that of (V3) at mu*; full: (V3) as it is, at theta; our choice",
                              choices=["full", "tangent"])
     weighting: str = option("simple", "w_t of (V3): bound, that of the DDPM bound; simple, 1; our choice",
                             choices=["bound", "simple"])
     reduction: str = option("mean", "A and B: sums over pixels, steps and weights, as (V3) and (V4) say, or means; "
                             "over images A is a mean in both; our choice", choices=["mean", "sum"])
-    sigma_floor: float = option(1e-4, "no sigma* is taken for less; our choice", low=1e-12)
+    sigma_floor: float = option(1e-4, "lower limit of every sigma*; our choice", low=1e-12)
     covariance: str = option("posterior", "identity: all weights have the same variance, the mean one; to compare",
                              choices=["posterior", "identity"])
     t_min: int = option(300, "first step of (V3); our choice", low=0, high=999)
-    t_max: int = option(600, "the step before which (V3) ends; our choice", low=1, high=1000)
-    amp: str = option("auto", "mixed precision; auto: where it is native", choices=["auto", "bf16", "fp16", "off"])
+    t_max: int = option(600, "upper end of t in (V3), exclusive; our choice", low=1, high=1000)
+    amp: str = option("auto", "mixed precision; auto: bf16 where it is native, else fp16 on a GPU, none on a CPU",
+                      choices=["auto", "bf16", "fp16", "off"])
     compile: bool = option(False, "torch.compile the network: minutes at the start, then faster steps on a GPU")
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda"])
-    seed: int = option(0, "seed of everything random", low=0, high=10**12)
+    seed: int = option(0, "seed of the undesired images and of training; images to judge have seed 0, as the teacher's",
+                       low=0, high=10**12)
     out: str = option("", "run folder; runs/vdu-<preset>-forget<classes>, with --sd runs/vdu-sd-forget-<concept>")
     resume: bool = option(False, "go on from the checkpoint in the run folder")
     save_every: int = option(500, "steps between checkpoints", low=1)
@@ -130,7 +131,7 @@ class Config:
     classifier: str = option("mnist-classifier", "the metrics' classifier: a shipped name or file; none: no metrics")
 
 
-# ---------------------------------------------------------------------------- the method: four formulas
+# ---------------------------------------------------------------------------- the method: (V3), (V4), (V6), posterior
 
 
 def bound_weight(t, schedule):
@@ -141,8 +142,11 @@ def bound_weight(t, schedule):
 
 
 def plasticity_inducer(unet, x0, t, noise, schedule, c=None, weighting="bound"):
-    """Minus the weighted denoising error on undesired images x0 (B, C, H, W): one value an image, (B,), one step t (B,)
-    each. To be minimised; it has no lower bound, so steps, learning rate and (V4) decide where that ends."""
+    """Minus the weighted denoising error on undesired images x0 (B, C, H, W): one value an image, (B,), a sum over
+    pixels. To be minimised; it has no lower bound, so steps, learning rate and (V4) decide where that ends.
+
+    t (B,), noise (B, C, H, W); c: None, or text embeddings (B, L, D). weighting: "bound", w_t of the DDPM bound, or
+    "simple", w_t = 1, which is what the command takes if not told otherwise."""
     x_t = schedule.add_noise(x0, noise, t)  # (D1)
     w = bound_weight(t, schedule) if weighting == "bound" else 1.0
     eps = unet(x_t, t) if c is None else unet(x_t, t, c)
@@ -155,14 +159,15 @@ def stability_regularizer(unet, mean, variance):
                for name, theta in unet.named_parameters())  # (V4) B = sum_i (theta_i - mu*_i)^2 / (2 sigma*_i^2)
 
 
-def tangent(A, at, unet, mean):
-    """(V3) by its tangent at mu*, the mean over images. A (B,): (V3) by the network `at`, whose weights are mu*;
-    mean: mu*, name -> tensor. Leaves the slope of A's sum in at's gradients; with DDP, its mean over processes."""
+def tangent(values, at, unet, mean):
+    """The mean of (V3) over images, by its tangent at mu*: a scalar whose gradient reaches `unet`. values (B,): (V3) by
+    the network `at`, whose weights are mu*; mean: mu*, name -> tensor. Overwrites the gradients of `at`; with DDP they
+    are means over processes."""
     at.zero_grad(set_to_none=True)
-    A.sum().backward()  # not of the mean, whose gradients would be too small for fp16
-    slope = {name: p.grad / len(A) for name, p in at.named_parameters()}
+    values.sum().backward()  # not of the mean, whose gradients would be too small for fp16
+    slope = {name: p.grad / len(values) for name, p in at.named_parameters()}
     moved = sum((slope[name] * (theta - mean[name])).sum() for name, theta in unet.named_parameters())
-    return A.mean().detach() + moved  # (V6) A = A(mu*) + grad A(mu*) . (theta - mu*)
+    return values.mean().detach() + moved  # (V6) A = A(mu*) + grad A(mu*) . (theta - mu*)
 
 
 def posterior(checkpoints):
@@ -196,10 +201,10 @@ class NaturalGradient(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         [group] = self.param_groups
-        means = [self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
-                 for p in group["params"]]
-        length = sum((v * g.square()).sum() for g, v in zip(means, self.variance)).sqrt()  # | sigma* g |
-        for p, g, v in zip(group["params"], means, self.variance):
+        gradients = [self.state[p].setdefault("gradient", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                     for p in group["params"]]
+        length = sum((v * g.square()).sum() for g, v in zip(gradients, self.variance)).sqrt()  # | sigma* g |
+        for p, g, v in zip(group["params"], gradients, self.variance):
             p -= group["lr"] * v * g / length.clamp(min=1e-30)
 
 
@@ -214,8 +219,8 @@ def train(config, run, unet, variance, images, schedule, texts=None):
     variance = {name: v.to(run.device).clamp(min=config.sigma_floor**2) for name, v in variance.items()}  # sigma*^2
     pixels, weights = images[0].numel(), sum(v.numel() for v in variance.values())
     if config.optimizer == "natural":
-        widths = [variance[name] for name, _ in unet.named_parameters()]
-        optimizer = NaturalGradient(unet.parameters(), widths, lr=config.lr)
+        in_order = [variance[name] for name, _ in unet.named_parameters()]
+        optimizer = NaturalGradient(unet.parameters(), in_order, lr=config.lr)
     else:
         optimizer = torch.optim.Adam(unet.parameters(), lr=config.lr, fused=run.fused)
     at = run.prepare(copy.deepcopy(unet)) if config.plasticity == "tangent" else unet  # where (V3) is taken: mu*, theta
@@ -230,7 +235,7 @@ def train(config, run, unet, variance, images, schedule, texts=None):
         x0 = images[pick]
         return x0, t, torch.randn_like(x0), None if texts is None else texts[pick]
 
-    probe = []  # the same throughout: its error shows the change in theta alone
+    probe = []  # fixed noised images of D_f: their error changes only because theta does
     for t in torch.linspace(config.t_min, config.t_max - 1, 128, device=run.device).long().split(batch):
         x0, _, noise, c = draw(len(t))
         probe.append((x0, t, noise, schedule, c, config.weighting))
@@ -244,13 +249,16 @@ def train(config, run, unet, variance, images, schedule, texts=None):
     for _ in run.loop({"unet": unet, "optimizer": optimizer}, label="VDU"):
         x0, t, noise, c = draw(batch)
         with run.autocast():
-            A = plasticity_inducer(network, x0, t, noise, schedule, c, config.weighting)  # (V3)
-        A = unit_A * (tangent(A, at, unet, mean) if config.plasticity == "tangent" else A.mean())  # (V6)
+            values = plasticity_inducer(network, x0, t, noise, schedule, c, config.weighting)  # (V3), of each image
+        if config.plasticity == "tangent":
+            A = unit_A * tangent(values, at, unet, mean)  # (V6)
+        else:
+            A = unit_A * values.mean()
         B = unit_B * stability_regularizer(unet, mean, variance)  # (V4)
         loss = (1 - config.gamma) * A + config.gamma * B  # (V5) L = (1 - gamma) A + gamma B
         run.update("loss", loss, unet, optimizer)
         growth = probe_error() / error_at_mean
-        run.enough = run.any_process(run.rank == 0 and config.stop_at and growth >= config.stop_at)  # 0's probe decides
+        run.enough = run.any_process(run.rank == 0 and config.stop_at and growth >= config.stop_at)  # process 0 decides
         run.log(plasticity=A, stability=B, growth=growth)
     return unet.eval()
 
@@ -259,7 +267,8 @@ def train(config, run, unet, variance, images, schedule, texts=None):
 
 
 def undesired_images(source, forget, shape, n=0, seed=0):
-    """D_f: `n` images (0: all) of the classes `forget`, (N, C, H, W) in [-1, 1], and in words where they come from.
+    """D_f: `n` images (0: all; of the teacher 100) of the classes `forget`, (N, C, H, W) in [-1, 1], and in words where
+    they come from.
 
     source: a folder that holds MNIST, CIFAR-10, tiny ImageNet or pictures; "teacher"; "auto". Of the other classes no
     image is taken, and where images are files, none is opened. forget None: a folder of pictures, whatever they show.
@@ -287,16 +296,14 @@ def undesired_images(source, forget, shape, n=0, seed=0):
 def undesired_pictures(config, sd, concept):
     """D_f of a text-to-image model: pictures (N, 3, H, W) in [-1, 1], what each is called, and where they come from.
 
-    From a folder, all called `--prompt`; or drawn by the tiny model itself, from its prompts with the concept.
+    From a folder, all called by the concept; or drawn by the tiny model itself, from its prompts with the concept.
     ValueError when there are no such pictures."""
     side = sd.unet.config["image_size"] * 2 ** (len(sd.vae.config["block_out_channels"]) - 1)
     if config.data not in ("auto", "teacher"):
         pictures, origin = undesired_images(config.data, None, (3, side, side), config.images, config.seed)
-        return pictures, [config.prompt or concept] * len(pictures), origin
+        return pictures, [concept] * len(pictures), origin
     if config.sd != "tiny-sd":
         raise ValueError("--data: name a folder of pictures to forget; the tiny model alone draws its own")
-    if config.prompt:
-        raise ValueError("--prompt names the pictures of a folder; give --data FOLDER, or leave it out")
     prompts, n = [prompt for prompt in every_prompt() if contains(prompt, concept)], config.images or 100
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed)).tolist()
     names = [prompts[order[i % len(prompts)]] for i in range(n)]
@@ -341,10 +348,9 @@ def check_flags(config):
         raise ValueError(f"--lr {config.lr} is a length in sigmas; Adam wants a rate, such as --lr 1e-5")
     if config.sd and config.classifier not in (Config.classifier, "none"):
         raise ValueError(f"--classifier {config.classifier}: with --sd it is {Config.classifier} or none")
-    for name in ("teacher", "eval_images") if config.sd else ("prompt",):
+    for name in ("teacher", "eval_images") if config.sd else ():
         if getattr(config, name) != getattr(Config, name):
-            how = "with" if config.sd else "without"
-            raise ValueError(f"--{name.replace('_', '-')} changes nothing {how} --sd; leave it out")
+            raise ValueError(f"--{name.replace('_', '-')} changes nothing with --sd; leave it out")
 
 
 def main_of_sd(config):
@@ -361,9 +367,9 @@ def main_of_sd(config):
         if config.posterior == "auto" and config.sd != "tiny-sd":
             raise ValueError("--posterior: name the variance of this model's weights; the one that ships is tiny-sd's")
         variance = read_posterior("tiny-sd/posterior" if config.posterior == "auto" else config.posterior, sd.unet)
-        judge, its = None, None
+        judge, teacher_seen = None, None
         if config.sd == "tiny-sd" and config.classifier != "none":
-            judge, its = ConceptJudge(), load_concept_statistics()
+            judge, teacher_seen = ConceptJudge(), load_concept_statistics()
         pictures, names, origin = undesired_pictures(config, sd, concept)
     run = Run(config, f"runs/vdu-sd-forget-{concept.replace(' ', '-')}")
     if run.rank == 0:
@@ -383,19 +389,19 @@ def main_of_sd(config):
         save_unet(unet, run.folder / "unlearned.safetensors", method="VDU", forget=concept, sd=config.sd,
                   teacher=config.sd if teacher.path else None,  # None: a mean that no file holds
                   gamma=config.gamma, steps=run.step, seed=config.seed)
-        others = every_prompt()[::71] if config.sd == "tiny-sd" else [""]
+        others = every_prompt()[::71] if config.sd == "tiny-sd" else [""]  # eleven, of many digits and colours
         rows = list(dict.fromkeys(names))[:4] + [prompt for prompt in others if not contains(prompt, concept)]
         with torch.no_grad():
             c = sd.embed(rows).repeat_interleave(8 if config.sd == "tiny-sd" else 2, dim=0)
             for name, network in (("before", teacher), ("after", unet)):
-                drawn, _ = generate(guided_sampler(sd, network), c, unet.image_shape, config.seed, run.device, 80)
+                drawn, _ = generate(guided_sampler(sd, network), c, unet.image_shape, 0, run.device, 80)
                 prompt_grid(drawn, rows, run.folder / f"samples_{name}.png", f"{name} VDU",
                             [i for i, prompt in enumerate(rows) if contains(prompt, concept)])
         if judge:
             if teacher.path is None:  # a mean that no file holds: what ships are another model's
                 drawn, pairs, _ = draw_concepts(guided_sampler(sd, teacher), sd, 20, 0, run.device, "teacher, to judge")
-                its = *judge(drawn), pairs
-            metrics |= evaluate_concept(guided_sampler(sd, unet), sd, judge, concept, 20, 0, its, nfe=100)
+                teacher_seen = *judge(drawn), pairs
+            metrics |= evaluate_concept(guided_sampler(sd, unet), sd, judge, concept, 20, 0, teacher_seen, nfe=100)
             print(table(metrics))
     run.finish(metrics)
 
