@@ -1,7 +1,8 @@
 """Score Forgetting Distillation (SFD) for class-conditional diffusion, in one file.
 
 Chen, Zhang, Zhou: "Score Forgetting Distillation: A Swift, Data-Free Method for Machine Unlearning in Diffusion
-Models", ICLR 2025, arXiv 2409.11219.
+Models", ICLR 2025, arXiv 2409.11219. Where nothing is forgotten its losses are those of "Score identity Distillation"
+(SiD).
 
     python ddpm_sfd.py --forget 0                     # MNIST, two CPU cores, a few minutes
     python ddpm_sfd.py --forget 3 --override 8        # who asks for a 3 gets an 8
@@ -11,9 +12,9 @@ Models", ICLR 2025, arXiv 2409.11219.
     torchrun --nproc-per-node 2 ddpm_sfd.py --forget 0
 
 The idea. A diffusion teacher knows the score of every class. We distil it into a generator that needs one network
-call, and on the way we lie to it about one class: whenever that class is asked for, the teacher is asked for a safe
-class in its place. The generator never sees an image, neither a real one nor the teacher's; only scores at noised
-versions of its own images. Two networks take turns:
+call, and on the way we swap one class: whenever the generator is asked for it, the teacher is asked for a safe class
+in its place. The generator never sees an image, neither a real one nor the teacher's; only scores at noised versions of
+its own images. Two networks take turns:
 
     1. the fake score learns to denoise what the generator draws at present, so that it knows the generator's score;
     2. the generator moves its images to where the teacher's score and the fake score agree.
@@ -22,9 +23,9 @@ In one stage both begin as copies of the teacher, and distilling and forgetting 
 both begin as such a run without a forgotten class has left them (that pair is in weights/), and forgetting is what
 remains. The steps are the same.
 
-Where the two scores agree, the generator draws what the teacher would have drawn (asked with guidance k > 1 nearly,
-since guided scores at different t are of no one distribution): for a retained class the class itself, for a forgotten
-class the safe one. Nothing in the loss pulls towards the forgotten class any more.
+Where the two scores agree, the generator draws what the teacher would have drawn: for a retained class the class
+itself, for a forgotten class the safe one. (With guidance k > 1 only nearly, as guided scores at different t belong to
+no one distribution.) Nothing in the loss pulls towards the forgotten class any more.
 
 Glossary. The labels stand on the lines that do them; (D1) to (D3) and (L1) are in unet.py.
 
@@ -37,7 +38,7 @@ Glossary. The labels stand on the lines that do them; (D1) to (D3) and (L1) are 
     f_phi, f_psi                   the clean images that teacher, guided, and fake score predict from x_t (D3)
     guidance, k         k          the teacher is asked with classifier-free guidance, eps_phi^k = eps_phi(x_t, t) +
                                    k (eps_phi(x_t, t, c') - eps_phi(x_t, t)); k = 1: eps_phi itself           (L1)
-    alpha               alpha      how much of one form of their divergence is taken off its other form    (S3)
+    alpha               alpha      the weight of what (S3) subtracts, see `generator_loss`           (S3)
     w                   w          the generator loss's weight, one for each image                   (S4)
     lambda_*            lambda     the weight of the forgotten class beside the retained ones; may fall (S5)
 
@@ -83,11 +84,11 @@ class Config:
     forget: str = option("0", "class or classes to forget; none: only distil", nargs="+")
     override: str = option("next", "the safe class: a number, next (the next retained one) or random (drawn each time)")
     teacher: str = option("mnist", "class-conditional: a shipped name, a file or a URL, see convert.py; one of your "
-                         "own: with --preset mnist-one-stage")
+                         "own goes with --preset mnist-one-stage, as the pair that ships is of the teacher that ships")
     init_generator: str = option("mnist-distilled", "two-stage SFD: where theta begins, the generator of a --forget "
-                                 "none run, a shipped name or a file; official CIFAR-10 run: none, the teacher")
-    init_fake_score: str = option("mnist-distilled-fake-score", "where psi begins, the fake score of that run; the "
-                                  "same holds of none")
+                                 "none run, a shipped name or a file; none: the teacher; official CIFAR-10 run: none")
+    init_fake_score: str = option("mnist-distilled-fake-score", "where psi begins, the fake score of that run; none: "
+                                  "the teacher; official CIFAR-10 run: none")
     steps: int = option(300, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)
     batch_size: int = option(32, "images of retained classes a step, over all processes; official: 128", low=1)
     forget_batch_size: int = option(8, "images of forgotten classes a step; official: as many as retained ones", low=1)
@@ -106,7 +107,7 @@ class Config:
                                "official: 1, constant", low=0, high=1)
     t_init: int = option(440, "the noise level that the generator works at; official: 440", low=0, high=999)
     t_min: int = option(100, "first step t of (S2) and (S3); official: 38", low=0, high=999)
-    t_max: int = option(712, "the step before which t ends in (S2) and (S3); official: 712", low=1, high=1000)
+    t_max: int = option(712, "upper end of t in (S2) and (S3), exclusive; official: 712", low=1, high=1000)
     ema: float = option(0.98, "decay of theta's weight average, the result; official: 0.9999", low=0, high=1)
     clip_value: float = option(1.0, "each gradient entry is clipped to +-this; 0: not; official: 1", low=0)
     clip_images: str = option("on", "clip x_g to [-1, 1] before the scores see it, as it is before anyone looks at it; "
@@ -119,12 +120,12 @@ class Config:
     out: str = option("", "run folder; runs/ddpm_sfd-<preset>-forget<classes> if not given")
     resume: bool = option(False, "go on from the checkpoint in the run folder")
     save_every: int = option(500, "steps between checkpoints", low=1)
-    eval_images: int = option(1000, "images of each class that the metrics look at; a teacher that does not ship draws "
-                              "as many, with 50 calls each", low=2)
+    eval_images: int = option(1000, "images of each class that the metrics look at; a teacher that does not ship must "
+                              "draw as many, at 50 calls each", low=2)
     classifier: str = option("mnist-classifier", "the metrics' classifier, shipped or of pretrain.py; none: no metrics")
 
 
-# ---------------------------------------------------------------------------- the method: three formulas
+# ---------------------------------------------------------------------------- the method: (S1) to (S5)
 
 
 def one_step(generator, z, c, schedule, t_init):
@@ -149,9 +150,9 @@ def generator_loss(teacher, fake_score, x_g, t, c_teacher, c_fake, noise, schedu
 
     t (B,), noise (B, C, H, W); c_teacher and c_fake (B,): c' and c; both networks: (x_t, t, c) -> the noise in x_t.
     Gradients reach the generator through x_g wherever it stands, through both networks' inputs too. With d = f_phi -
-    f_psi, (S3) is d . (f_phi - x_g) - alpha d . d, two forms of the Fisher divergence, equal on average (but for w)
-    where f_psi is what it learns to be, the mean of x_g given x_t. So values may be negative, and at alpha 1 they lie
-    around 0: what matters is the gradient (SiD)."""
+    f_psi, (S3) is d . (f_phi - x_g) - alpha d . d. On average, but for w, both terms are the same Fisher divergence, if
+    f_psi is what it learns to be, the mean of x_g given x_t. So values may be negative, and at alpha 1 they lie around
+    0: what matters is the gradient (SiD)."""
     x_t = schedule.add_noise(x_g, noise, t)  # (D1)
     f_phi = schedule.predict_x0(x_t, teacher(x_t, t, c_teacher), t)  # (D3), asked for c'
     f_psi = schedule.predict_x0(x_t, fake_score(x_t, t, c_fake), t)  # (D3), asked for c
@@ -162,7 +163,8 @@ def generator_loss(teacher, fake_score, x_g, t, c_teacher, c_fake, noise, schedu
 
 
 def total(loss, retained, lambda_):
-    """Losses (B,), those of the `retained` retained samples first -> scalar. Without forgotten ones this is SiD."""
+    """Losses (B,), of which the first `retained` are of retained samples and the rest of forgotten ones -> scalar.
+    Without forgotten ones this is plain distillation (SiD)."""
     L_retained = loss[:retained].mean()
     L_forgotten = loss[retained:].sum() / max(1, len(loss) - retained)  # a mean, and 0 when there are none
     return L_retained + lambda_ * L_forgotten  # (S5) L(retained) + lambda L(forgotten)
@@ -176,14 +178,14 @@ def draw_labels(retained, forget, override, n_retained, n_forgotten):
 
     retained, forget: the classes, (R,), (F,). override: the safe class of each forgotten one, (F,), or None for random.
     """
-    def any_of(classes, n):
+    def indices(classes, n):
         return torch.randint(len(classes), (n,), device=classes.device)
 
-    keep = retained[any_of(retained, n_retained)]
+    keep = retained[indices(retained, n_retained)]
     if len(forget) == 0:
         return keep, keep
-    pick = any_of(forget, n_forgotten)
-    safe = override[pick] if override is not None else retained[any_of(retained, n_forgotten)]
+    pick = indices(forget, n_forgotten)
+    safe = override[pick] if override is not None else retained[indices(retained, n_forgotten)]
     return torch.cat([keep, forget[pick]]), torch.cat([keep, safe])
 
 
@@ -236,7 +238,7 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
         return torch.randint(config.t_min, config.t_max, (len(x),), device=x.device), torch.randn_like(x)
 
     for step in run.loop(state, label="SFD"):
-        share = 1 - (1 - config.lambda_end) * step / config.steps  # of lambda: forget first, then mend what it cost
+        share = 1 - (1 - config.lambda_end) * step / config.steps  # of lambda: forget first, then mend what that cost
 
         # labels are drawn, images are the generator's own; retained and forgotten ones share one pass
         c, c_teacher = draw_labels(retained, forget, override, n_retained, n_forgotten)
@@ -244,7 +246,7 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
         generator.train()
         with run.autocast():
             x_g = one_step(parallel_generator, z, c, schedule, config.t_init)  # (S1)
-        if config.clip_images == "on":  # beyond black is black: no grain there; such a pixel gets no gradient
+        if config.clip_images == "on":  # as they will be seen; else a grain stays in the black. No gradient beyond
             x_g = x_g.clamp(-1, 1)
 
         # 1. the fake score learns the generator's distribution
