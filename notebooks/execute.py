@@ -3,8 +3,8 @@
     python notebooks/execute.py                     # all of them
     python notebooks/execute.py notebooks/01_*.ipynb
 
-After a change of any code cell this has to be run: it stores in the notebook a hash of the code cells that its outputs
-come from, and tests/test_notebooks.py compares. What changes from run to run is left out: times, progress bars, the
+Run this after changing any code cell: it stores in the notebook a hash of the code cells that its outputs come from,
+which tests/test_notebooks.py checks. What changes from run to run is left out: times, progress bars, the
 versions of this machine. The picture of the cell tagged `picture` is written beside the notebook too, for the README.
 """
 import base64
