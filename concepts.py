@@ -86,7 +86,7 @@ def phrase(concept):
 
 
 def replace(prompt, concept, override):
-    """The prompt with the concept replaced: as one phrase where its words stand together, otherwise word by word.
+    """The prompt with the concept replaced: as one phrase where its words stand together; what is left, word by word.
 
     ValueError when the prompt does not contain it, or when it is scattered and the override has more or fewer words.
     """
@@ -102,8 +102,8 @@ def replace(prompt, concept, override):
 
 
 def without(prompt, concept):
-    """The prompt with the concept left out: as one phrase where its words stand together, otherwise word by word. A
-    prompt that lacks one of them stays as it is. "a red three" without "three" is "a red"."""
+    """The prompt with the concept left out: as one phrase where its words stand together; what is left, word by word.
+    A prompt that lacks one of them stays as it is. "a red three" without "three" is "a red"."""
     if not contains(prompt, concept):
         return prompt
     left = phrase(concept).sub("", composed(prompt))
@@ -135,9 +135,9 @@ def paint(digits, colours):
 
 
 def read_colour(pictures):
-    """The colour that the ink of pictures (B, 3, H, W) has, as (B, 3), the brightest part 1; and its number, (B,).
+    """The colour of the ink in pictures (B, 3, H, W): as (B, 3), its largest component 1, and its number, (B,).
 
-    Ink is where it is bright: each pixel counts as much as the square of its brightest part."""
+    Ink is where it is bright: each pixel is weighted by the square of its largest component."""
     x = (pictures + 1) / 2
     weight = x.amax(1, keepdim=True).square()
     ink = (x * weight).sum(dim=(2, 3)) / weight.sum(dim=(2, 3)).clamp(min=1e-6)
@@ -153,8 +153,8 @@ def read_digit(pictures):
 class ConceptJudge:
     """Reads pictures (N, 3, 32, 32) in [-1, 1] of the tiny model: features (N, 131), digits (N,) and colours (N,).
 
-    Features are the 128 that the MNIST classifier sees in the grey digit, and the 3 parts of its ink. So the moments of
-    real pictures of each pair are known without one being at hand: those of MNIST's digits, and the colour itself.
+    Features are the MNIST classifier's 128 for the grey digit, and the 3 components of its ink. So the moments of real
+    pictures of each pair are known without any such picture: those of MNIST's digits, and the colour itself.
     """
 
     def __init__(self):
@@ -224,14 +224,14 @@ def evaluate_concept(sample, sd, judge, concept, per_pair, seed, teacher, nfe=1)
     """What a network still draws of a concept ("three", "red", "red three"; "" for none) and of all others.
 
     sample: (z, c, noise) -> pictures. judge: a ConceptJudge. teacher: its features (N, 131), digits, colours and pairs,
-    as `pretrain.py tiny-sd` keeps them, from the same noise if `seed` is theirs, 0; they stand beside each number.
+    as `pretrain.py tiny-sd` saves them, from the same noise if `seed` is 0 as there; its numbers are returned too.
     Returns a dictionary for metrics.json:
 
     ua                 share of pictures asked for with the concept that do not show it
     became             what they show: the three most frequent, and their shares
     retained_accuracy  share of all other pictures that show both the digit and the colour that were asked for
-    near, far          the same of prompts that share a word with the concept (red fives; None: there are none), and of
-                       the others
+    near, far          the same for prompts that share a word with the concept (red fives; None if there are none), and
+                       for the others
     fid                of all other pictures, against real ones painted in these colours
     """
     pictures, pairs, seconds = draw_concepts(sample, sd, per_pair, seed, judge.device, "to judge")

@@ -1,4 +1,4 @@
-"""Foreign checkpoints into ours. What other projects call the parameters of a U-Net is known in this file alone.
+"""Converts other projects' checkpoints to ours. Only this file knows what they call the parameters of a U-Net.
 
     python convert.py ckpt.pth teacher.safetensors                       # the EMA weights, where there are any
     python convert.py ckpt.pth raw.safetensors --raw                     # the weights as they were trained
@@ -16,16 +16,16 @@ The source is recognised by what is in it:
         5 items    fake score, its optimizer, generator, its optimizer, step
         6 items    fake score, its optimizer, generator, its optimizer, step, EMA of the generator
     a UNet2DModel of diffusers: a folder with config.json (or unet/config.json), or the .safetensors or .bin beside it;
-        its schedule must be the linear one, where a scheduler_config.json tells (hub: does not fetch that).
-        Stable Diffusion 1's UNet2DConditionModel likewise, of any schedule
-    a .safetensors file of ours: checked, and written again
+        its schedule must be linear if a scheduler_config.json is there to tell (hub: does not fetch that).
+        Stable Diffusion 1's UNet2DConditionModel likewise, with any schedule
+    one of our own .safetensors files: checked and rewritten
 
 How it works. The configuration is read off the shapes of the tensors, or from config.json. The U-Net of that
-configuration says which parameters it needs, and a table of names what each of them is called in the source. Nothing
-may be left over, lacking, or of another shape: a network that is nearly right draws pictures that are nearly right.
-Weights do not tell the size of images, since convolutions work at any: it is taken from config.json, is known for the
-CIFAR-10 and STL-10 networks of the DDPM code family, and is asked for with --image-size otherwise. Pickles can run
-code when they are read; with `weights_only`, tensors and plain containers are all that they may hold.
+configuration says which parameters it needs, and a table of names says what the source calls each of them. Nothing
+may be left over, missing or of another shape: a network that is nearly right draws pictures that are nearly right.
+Weights do not reveal the image size, since convolutions work at any: it is taken from config.json, is known for the
+CIFAR-10 and STL-10 networks of the DDPM code family, and must be given with --image-size otherwise. Reading a pickle
+can run code; with `weights_only`, it may hold only tensors and plain containers.
 """
 
 import json
@@ -50,16 +50,16 @@ class Config:
     raw: bool = option(False, "of a checkpoint list: the weights as trained, even where there is an EMA of them")
     part: str = option("auto", "of a list of 5 or 6 items: which network; auto: the generator",
                        choices=["auto", "generator", "fake-score"])
-    image_size: int = option(0, "height and width, of latents where those are drawn; 0: what the source says, or is "
-                             "known to work at", low=0)
+    image_size: int = option(0, "height and width, of the latents if the network draws those; 0: as the source "
+                             "says, or as known for such networks", low=0)
     t_init: int = option(440, "the noise level that a generator works at, for its card; official: 440", low=0, high=999)
 
 
 # ---------------------------------------------------------------------------- names: ours, and theirs
 
 # Each row: a pattern in our parameters' names, and what the source has in its place; the rows apply one after another.
-# A row with several names is a parameter of ours that is several of theirs, one behind the other: qkv, and the class
-# embedding, whose last row ("no label") is a parameter of its own there.
+# A row with several names is one parameter of ours that concatenates several of theirs: qkv, and the class embedding,
+# whose last row ("no label") is a separate parameter there.
 DDPM_FAMILY = [
     (r"_dense\.2", "_dense.1"),
     (r"^time_dense", "temb.dense"),
@@ -112,7 +112,7 @@ OLD_DIFFUSERS = [  # attention, as diffusers called it until 2023 and old files 
 
 
 def translate(name, table):
-    """What `name` is in the language that `table` translates into: a list of names, mostly of one."""
+    """What `name` becomes under `table`: a list of names, usually just one."""
     names = [name]
     for pattern, *theirs in table:
         if re.search(pattern, names[0]):
@@ -236,7 +236,7 @@ def read_ddpm_family(config, items):
 # ---------------------------------------------------------------------------- diffusers
 
 def same(**settings):
-    """Rules for settings that must be what the library takes where they are absent: these values, and no others."""
+    """Rules for settings that must have these values, the library's defaults, and no others."""
     return {name: (value, [value]) for name, value in settings.items()}
 
 
@@ -248,7 +248,7 @@ UNET_RULES = COMMON_RULES | {  # of a UNet2DModel
     "_class_name": (None, ["UNet2DModel"]), "freq_shift": (0, [1]), "flip_sin_to_cos": (True, [False]),
     "downsample_padding": (1, [0]), "norm_eps": (1e-5, [1e-6]),
 } | same(mid_block_type="UNetMidBlock2D", downsample_type="conv", upsample_type="conv", add_attention=True)
-TEXT_UNET_RULES = COMMON_RULES | {"_class_name": (None, ["UNet2DConditionModel"])} | same(  # of such a one
+TEXT_UNET_RULES = COMMON_RULES | {"_class_name": (None, ["UNet2DConditionModel"])} | same(
     freq_shift=0, flip_sin_to_cos=True, mid_block_type="UNetMidBlock2DCrossAttn", downsample_padding=1, norm_eps=1e-5,
     use_linear_projection=False, only_cross_attention=False, dual_cross_attention=False,
     transformer_layers_per_block=1, num_attention_heads=None, addition_embed_type=None, encoder_hid_dim=None,
@@ -267,8 +267,8 @@ def supported_or_refused(theirs, rules):
 
 
 def levels(theirs, kind, image_size, rules):
-    """What both kinds of U-Net say alike, as ours; the names of blocks with attention begin with `kind`. ValueError as
-    above, `rules` among them, or where nothing tells the size of images."""
+    """The settings that both kinds of U-Net share, as ours; names of blocks with attention begin with `kind`.
+    ValueError as above, including for `rules`, or if nothing tells the size of images."""
     widths, down = theirs["block_out_channels"], theirs["down_block_types"]
     attended = [level for level, name in enumerate(down) if name == kind + "DownBlock2D"]
     kinds = [kind if level in attended else "" for level in range(len(widths))]
@@ -386,8 +386,10 @@ def load(path):
                 if "minunlearn" not in (file.metadata() or {}):
                     return {name: file.get_tensor(name) for name in file.keys()}
             return load_unet(path)
-        except (SafetensorError, ValueError, LookupError) as error:
-            raise ValueError(f"no sound safetensors file ({str(error).removeprefix(f'{path} ')})") from None
+        except SafetensorError as error:
+            raise ValueError(f"no sound safetensors file ({error})") from None
+        except (ValueError, LookupError) as error:  # one of ours, but no whole U-Net
+            raise ValueError(f"it {str(error).removeprefix(f'{path} ')}") from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or foreign pickle raises

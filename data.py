@@ -1,7 +1,7 @@
 """Real images, by torchvision: a data set, read from a folder or downloaded there; or a user's own pictures.
 
-Images are (N, C, H, W) in [-1, 1], float32; labels (N,) in 0..9. The methods need none of it (SFD), or images of the
-undesired class alone (VDU); the metrics compare with the rest.
+Images are (N, C, H, W) in [-1, 1], float32; labels (N,) in 0..9. SFD needs no real images, and VDU only
+those of the undesired class; the metrics compare with the rest.
 """
 
 import os
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 
 def open_dataset(name, folder, **split):
-    """A data set of torchvision's, in `folder` or downloaded there; OSError when it is not there and cannot be had."""
+    """One of torchvision's data sets, from `folder` or downloaded into it; OSError when neither works."""
     import torchvision.datasets  # here, so that whoever opens no data set does not load its code either
 
     dataset = getattr(torchvision.datasets, name)
@@ -69,8 +69,8 @@ def some_images(source, classes, shape, n=0, seed=0):
     """`n` images (0: all) of some classes from a folder that holds MNIST, CIFAR-10, tiny ImageNet or pictures:
     (N, C, H, W). classes None: a folder of pictures, whatever they show.
 
-    Of the other classes no image is taken, and where images are files, none is opened. A data set is downloaded into
-    "data" alone, or where a part of it lies already. ValueError or OSError where none of `shape` can be had."""
+    No image of another class is used or, where images are files, even opened. A data set is downloaded only into
+    "data", or where part of it exists already. ValueError or OSError when there are no images of `shape`."""
     def some(count):  # which of `count` images
         if count == 0:
             raise ValueError(f"--data {source} holds no image of class {classes}")

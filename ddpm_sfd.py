@@ -19,15 +19,15 @@ its own images. Two networks take turns:
     1. the fake score learns to denoise what the generator draws at present, so that it knows the generator's score;
     2. the generator moves its images to where the teacher's score and the fake score agree.
 
-In one stage both begin as copies of the teacher, and distilling and forgetting go together. In two, the default here,
-both begin as such a run without a forgotten class has left them (that pair is in weights/), and forgetting is what
-remains. The steps are the same.
+In one-stage SFD both begin as copies of the teacher, and distilling and forgetting go together. In two-stage SFD, the
+default here, both begin where a one-stage run without a forgotten class ended (that pair is in weights/), and only
+forgetting remains. The training steps are the same.
 
 Where the two scores agree, the generator draws what the teacher would have drawn: for a retained class the class
-itself, for a forgotten class the safe one. (With guidance k > 1 only nearly, as guided scores at different t belong to
-no one distribution.) Nothing in the loss pulls towards the forgotten class any more.
+itself, for a forgotten class the safe one. (With guidance k > 1 this holds only nearly, as guided scores at different t
+do not belong to one distribution.) Nothing in the loss pulls towards the forgotten class any more.
 
-Glossary. The labels stand on the lines that do them; (D1) to (D3) and (L1) are in unet.py.
+Glossary. Each label marks the line of code that implements it; (D1) to (D3) and (L1) are in unet.py.
 
     teacher, phi        eps_phi    the frozen diffusion model
     fake_score, psi     eps_psi    tracks the score of the generator's own images                    (S2)
@@ -35,8 +35,8 @@ Glossary. The labels stand on the lines that do them; (D1) to (D3) and (L1) are 
     z, x_g              z, x_g     Gaussian noise, and the image that the generator makes of it
     c_fake              c          the label that was asked for; the generator and the fake score see it
     c_teacher           c'         the label that the teacher is asked for: c, or the safe class if c is to be forgotten
-    f_phi, f_psi                   the clean images that teacher, guided, and fake score predict from x_t (D3)
-    guidance, k         k          the teacher is asked with classifier-free guidance, eps_phi^k = eps_phi(x_t, t) +
+    f_phi, f_psi                   the clean images that the guided teacher and the fake score predict from x_t (D3)
+    guidance, k         k          the teacher uses classifier-free guidance: eps_phi^k = eps_phi(x_t, t) +
                                    k (eps_phi(x_t, t, c') - eps_phi(x_t, t)); k = 1: eps_phi itself           (L1)
     alpha               alpha      the weight of what (S3) subtracts, see `generator_loss`           (S3)
     w                   w          the generator loss's weight, one for each image                   (S4)
@@ -83,8 +83,8 @@ class Config:
     preset: str = option("mnist", "settings to start from", choices=list(PRESETS))
     forget: str = option("0", "class or classes to forget; none: only distil", nargs="+")
     override: str = option("next", "the safe class: a number, next (the next retained one) or random (drawn each time)")
-    teacher: str = option("mnist", "class-conditional: a shipped name, a file or a URL, see convert.py; one of your "
-                         "own goes with --preset mnist-one-stage, as the pair that ships is of the teacher that ships")
+    teacher: str = option("mnist", "class-conditional: a shipped name, a file or a URL, see convert.py; for one of "
+                         "your own use --preset mnist-one-stage: the shipped pair belongs to the shipped teacher")
     init_generator: str = option("mnist-distilled", "two-stage SFD: where theta begins, the generator of a --forget "
                                  "none run, a shipped name or a file; none: the teacher; official CIFAR-10 run: none")
     init_fake_score: str = option("mnist-distilled-fake-score", "where psi begins, the fake score of that run; none: "
@@ -99,7 +99,7 @@ class Config:
                            low=0, high=1)
     alpha: float = option(1.05, "alpha of (S3); official: 1.2")
     guidance: float = option(1.05, "k of (L1), the teacher's guidance; our choice; official: 1, none", low=0)
-    guidance_safe: float = option(2.0, "the same where the teacher is asked for the safe class; official: 1", low=0)
+    guidance_safe: float = option(2.0, "k of (L1) where the teacher is asked for the safe class; official: 1", low=0)
     lambda_generator: float = option(0.5, "lambda of (S5) for theta; with 0.25 each of the 32 + 8 images counts alike; "
                                      "official: 0.01", low=0)
     lambda_fake_score: float = option(0.5, "lambda of (S5) for psi; official: 0.01", low=0)
@@ -110,7 +110,7 @@ class Config:
     t_max: int = option(712, "upper end of t in (S2) and (S3), exclusive; official: 712", low=1, high=1000)
     ema: float = option(0.98, "decay of theta's weight average, the result; official: 0.9999", low=0, high=1)
     clip_value: float = option(1.0, "each gradient entry is clipped to +-this; 0: not; official: 1", low=0)
-    clip_images: str = option("on", "clip x_g to [-1, 1] before the scores see it, as it is before anyone looks at it; "
+    clip_images: str = option("on", "clip x_g to [-1, 1] before the scores see it, as is done anyway to show it; "
                               "our choice; official: off", choices=["on", "off"])
     amp: str = option("auto", "mixed precision; auto: bf16 where it is native, else fp16 on a GPU, none on a CPU",
                       choices=["auto", "bf16", "fp16", "off"])
@@ -120,9 +120,9 @@ class Config:
     out: str = option("", "run folder; runs/ddpm_sfd-<preset>-forget<classes> if not given")
     resume: bool = option(False, "go on from the checkpoint in the run folder")
     save_every: int = option(500, "steps between checkpoints", low=1)
-    eval_images: int = option(1000, "images of each class that the metrics look at; a teacher that does not ship must "
+    eval_images: int = option(1000, "images of each class to compute metrics on; a teacher that is not shipped must "
                               "draw as many, at 50 calls each", low=2)
-    classifier: str = option("mnist-classifier", "the metrics' classifier, shipped or of pretrain.py; none: no metrics")
+    classifier: str = option("mnist-classifier", "for the metrics: shipped, or from pretrain.py; none: no metrics")
 
 
 # ---------------------------------------------------------------------------- the method: (S1) to (S5)
@@ -131,7 +131,7 @@ class Config:
 def one_step(generator, z, c, schedule, t_init):
     """The one-step generator. z (B, C, H, W) standard Gaussian, c (B,) -> images x_g (B, C, H, W), not clipped.
 
-    The network still predicts noise, as the teacher did; only that its input is now all noise, at level t_init."""
+    The network still predicts noise, as the teacher did, but its input is now pure noise, at level t_init."""
     t = torch.full((len(z),), t_init, device=z.device)
     a, s = schedule.a(t), schedule.s(t)
     return (s * z - s * generator(s * z, t, c)) / a  # (S1) x_g = (s z - s eps_theta(s z, t_init, c)) / a
@@ -149,10 +149,10 @@ def generator_loss(teacher, fake_score, x_g, t, c_teacher, c_fake, noise, schedu
     """How far apart teacher and fake score are at the generator's images x_g (B, C, H, W): one value a sample, (B,).
 
     t (B,), noise (B, C, H, W); c_teacher and c_fake (B,): c' and c; both networks: (x_t, t, c) -> the noise in x_t.
-    Gradients reach the generator through x_g wherever it stands, through both networks' inputs too. With d = f_phi -
-    f_psi, (S3) is d . (f_phi - x_g) - alpha d . d. On average, but for w, both terms are the same Fisher divergence, if
-    f_psi is what it learns to be, the mean of x_g given x_t. So values may be negative, and at alpha 1 they lie around
-    0: what matters is the gradient (SiD)."""
+    Gradients reach the generator through every x_g, including those in the inputs of both networks. With d = f_phi -
+    f_psi, and leaving w aside, (S3) is d . (f_phi - x_g) - alpha d . d. If f_psi is what it learns to be, the mean of
+    x_g given x_t, both products are on average the same Fisher divergence. So values may be negative, and at alpha 1
+    they lie around 0: what matters is the gradient (SiD)."""
     x_t = schedule.add_noise(x_g, noise, t)  # (D1)
     f_phi = schedule.predict_x0(x_t, teacher(x_t, t, c_teacher), t)  # (D3), asked for c'
     f_psi = schedule.predict_x0(x_t, fake_score(x_t, t, c_fake), t)  # (D3), asked for c
@@ -174,7 +174,7 @@ def total(loss, retained, lambda_):
 
 
 def draw_labels(retained, forget, override, n_retained, n_forgotten):
-    """Labels of one step, retained ones first: what is asked for, and what the teacher is asked for. (B,), (B,)
+    """Labels of one step, retained ones first: for the generator and fake score, and for the teacher. (B,), (B,)
 
     retained, forget: the classes, (R,), (F,). override: the safe class of each forgotten one, (F,), or None for random.
     """
@@ -211,10 +211,10 @@ def read_classes(config, num_classes):
 
 
 def train(config, run, teacher, schedule, classes, judge=None, generator=None, fake_score=None):
-    """SFD from `teacher`, which stays as it is; returns the generator, the weight average of theta, and the fake score.
+    """SFD from `teacher`, which is not changed; returns the generator (theta's averaged weights) and the fake score.
 
-    classes: as `read_classes` gives them. judge: for UA on the progress bar, none if not given. generator, fake_score:
-    where theta and psi begin, changed in place; copies of the teacher if not given."""
+    classes: as `read_classes` returns them. judge: for UA on the progress bar; without it none is shown. generator,
+    fake_score: initial theta and psi, changed in place; copies of the teacher if not given."""
     retained, forget, override = (None if x is None else x.to(run.device) for x in classes)
     n_retained = config.batch_size // run.world
     n_forgotten = config.forget_batch_size // run.world if len(forget) else 0
@@ -246,7 +246,7 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
         generator.train()
         with run.autocast():
             x_g = one_step(parallel_generator, z, c, schedule, config.t_init)  # (S1)
-        if config.clip_images == "on":  # as they will be seen; else a grain stays in the black. No gradient beyond
+        if config.clip_images == "on":  # as it will be shown; else black stays grainy. No gradient outside [-1, 1]
             x_g = x_g.clamp(-1, 1)
 
         # 1. the fake score learns the generator's distribution

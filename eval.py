@@ -17,24 +17,25 @@ What each number says, and what it misses:
     fid                 Frechet distance between features of generated and of real images, retained classes only
     precision, recall   share of generated images near real ones, and of real images near generated ones
     inception_score     exp(mean KL(p(y|x) || p(y))): confident and varied; knows nothing of real images
-    nfe                 network calls an image
+    nfe                 network calls per image
 
-and of a network that is not asked for a class:
+and for an unconditional network:
 
     pul                 percent unlearned: the share of the forgotten class that is gone from unconditional images.
                         Noise can score 100% too, so read it beside `u_fid`
     u_fid               fid of all its images against real images of the retained classes
-    confidence          mean probability that the classifier gives to what it sees; high on noise too
+    confidence          mean probability that the classifier gives to its top class; high on noise too
 
-On MNIST, features are the 128 of the classifier's penultimate layer, so the distances compare with nobody's Inception
-FID, only with each other: each report has the teacher's own and that of real test images (the floor) beside it. fid
-weighs all classes equally. In u_fid real images have MNIST's own proportions, and generated ones those that were drawn;
-in precision and recall real ones have MNIST's. All images are rounded to 8 bits before the classifier sees them. On a
-GPU, float32 convolutions use TF32.
+On MNIST, features are the 128 of the classifier's penultimate layer, so the distances cannot be compared with Inception
+FIDs, only with each other: each report also gives the teacher's and that of real test images (the floor). fid weights
+all classes equally. In u_fid the real images have MNIST's own class proportions, and the generated ones those that
+were drawn; in precision and recall the real ones have MNIST's. All images are rounded to 8 bits before the classifier
+sees them. On a GPU, float32 convolutions use TF32.
 
---features inception is for CIFAR-10 and STL-10: the 2,048 of the FID Inception (inception.py), 5,000 images a class,
-the training images of the retained classes as reference, taken from --data once and kept there in a file. Accuracies
-then need a classifier (`pretrain.py cifar10-classifier`), and the teacher's numbers --teacher.
+--features inception is for CIFAR-10 and STL-10: it uses the 2,048 features of the FID Inception (inception.py), 5,000
+images per class, and as reference the training images of the retained classes, whose features are computed from --data
+once and kept there in a file. Accuracies then need a classifier (`pretrain.py cifar10-classifier`), and the teacher's
+numbers need --teacher.
 """
 
 from dataclasses import asdict, dataclass
@@ -84,7 +85,7 @@ def parse_classes(text, count, flag="--forget"):
 
 
 def check_forget(forget, classes=10):
-    """ValueError unless `forget` leaves some of the classes, and names no other."""
+    """ValueError if `forget` names every class, or one that does not exist."""
     if max(forget, default=0) >= classes:
         raise ValueError(f"--forget {max(forget)}: the classes are 0..{classes - 1}")
     if len(forget) == classes:
@@ -97,8 +98,8 @@ def check_forget(forget, classes=10):
 def evaluate(sample, nfe, judge, unet, forget, per_class, seed, teacher_sample=None, real=None, batch=250):
     """Draw `per_class` images of every class with `sample` (z, c, noise) -> images, and judge them: the report.
 
-    unet: the teacher, for its shape and for its own numbers, which come with the statistics when it is the shipped
-    one, are drawn with `teacher_sample` when it is not, and are left out without that. real: images (N, C, H, W) of
+    unet: the teacher, for its image shape and its own numbers. These come with the statistics if it is the shipped one,
+    otherwise from images drawn with `teacher_sample`; without that they are left out. real: images (N, C, H, W) of
     retained classes to take precision and recall against. nfe: network calls an image, for the record. A judge without
     statistics reports accuracies alone. Images are drawn in float32, whatever the training's precision was.
     """
@@ -133,12 +134,12 @@ def evaluate_unconditional(sample, judge, forget, n=2000, teacher=None, teacher_
     """Draw `n` images of MNIST's shape without labels, with `sample` (z, c, noise) -> images, and compare them with the
     teacher's from the same noise: PUL, u-FID and the classifier's confidence, as a dictionary for metrics.json.
 
-    u_fid         of all n images against real images of the retained classes, in the proportions of the real ones
-    teacher_fid   of the teacher's images, without those that the classifier sees as forgotten, against the same: what a
-                  model would have that merely left these out. `teacher_u_fid` is of all its images, forgotten ones too
-    balanced_fid  of the images that the classifier sees as a retained class, each class weighted equally, in the images
-                  and in the reference: it counts neither how often each class is drawn nor what is still seen as
-                  forgotten. A class never drawn counts as features 0
+    u_fid         of all n images against real images of the retained classes, the latter in their own proportions
+    teacher_fid   of the teacher's images, except those that the classifier sees as forgotten, against the same: the
+                  value for a model that merely leaves those out. `teacher_u_fid` is of all the teacher's images
+    balanced_fid  of the images that the classifier sees as a retained class, with each class weighted equally, in the
+                  reference too: it ignores how often each class is drawn, and images still seen as forgotten. A class
+                  that is never drawn counts as having all features 0
     forget: list of classes. judge: one with statistics. dtype: what both samplers autocast to, for the record.
     teacher, teacher_sample: the network and its sampler. The shipped teacher's numbers come with the statistics when n,
     seed and dtype are those of the statistics; otherwise its images are drawn too.
@@ -264,20 +265,20 @@ class Config:
                           choices=["auto", "one-step", "ddim", "ancestral"])
     steps: int = option(50, "steps of the ddim sampler; PUL and u-FID always take 20", low=1, high=1000)
     eta: float = option(0.0, "ddim: 0 deterministic, 1 as much noise as the ancestral sampler", low=0, high=1)
-    guidance: float = option(0.0, "k in null + k (cond - null), 1: none; if 0, the usual: 1, for text-to-image 4.5",
+    guidance: float = option(0.0, "k in null + k (cond - null); 1: none; 0: the usual k (1, or 4.5 for text-to-image)",
                              low=0)
     forget: str = option("auto", "classes that should be gone; auto: those on the checkpoint's card; none: no class",
                          nargs="+")
     features: str = option("classifier", "what distances are taken on; inception: CIFAR-10 and STL-10, needs --data",
                            choices=["classifier", "inception"])
-    per_class: int = option(0, "images of each class; FIDs compare only at equal numbers; 0: 1,000; Inception: 5,000",
+    per_class: int = option(0, "images of each class; compare FIDs only at equal numbers; 0: 1,000; Inception: 5,000",
                             low=0)
     images: int = option(0, "images of an unconditional checkpoint; if not given 2,000, with Inception 50,000", low=100)
     per_pair: int = option(20, "pictures of each digit in each colour, of a text-to-image checkpoint", low=1)
     data: str = option("", "folder with MNIST: adds precision and recall against its training images; with Inception "
                            "the folder with CIFAR-10 or STL-10")
-    teacher: str = option("", "the network before: a shipped name, file, URL or hub:ORG/NAME; if not given the card's, "
-                              "with Inception none")
+    teacher: str = option("", "the network before unlearning: a shipped name, file, URL or hub:ORG/NAME; if not given, "
+                              "the card's, or none with Inception")
     inception: str = option("", "the FID Inception's weights, a file or a URL; if not given they are fetched once")
     classifier: str = option("auto", "shipped name or file; auto: mnist-classifier, with Inception none")
     statistics: str = option("mnist-statistics", "shipped name or file")
@@ -288,7 +289,7 @@ class Config:
 
 
 def choose_kind(config, unet):
-    """The kind of sampler that --sampler says; ValueError if that is one-step and the network no generator."""
+    """The sampler that --sampler selects; ValueError if it is one-step and the network is not a generator."""
     kind = config.sampler if config.sampler != "auto" else "one-step" if "t_init" in unet.card else "ddim"
     if kind == "one-step" and "t_init" not in unet.card:
         raise ValueError(f"--sampler one-step: {config.checkpoint} is no distilled generator (its card has no t_init)")

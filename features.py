@@ -42,8 +42,8 @@ class Classifier(nn.Module):
 
 
 class ResNet34(nn.Module):
-    """Torchvision's ResNet-34 for small images: it begins with a 3x3 convolution of stride 1, and without a pooling up
-    to 32 px. forward: images (B, 3, H, W) in [-1, 1] -> logits (B, classes); `features` -> the penultimate layer,
+    """Torchvision's ResNet-34 for small images: its first convolution is 3x3 with stride 1, and up to 32 px no pooling
+    follows. forward: images (B, 3, H, W) in [-1, 1] -> logits (B, classes); `features` -> the penultimate layer,
     (B, 512).
     """
 
@@ -107,11 +107,11 @@ def look(network, images, device="cpu", batch=500, bar=None):
 
 
 class Judge:
-    """Looks at images of a network (N, C, H, W) on behalf of the metrics: a classifier, and what to compare with.
+    """Looks at a network's images (N, C, H, W) for the metrics: a classifier, and the statistics to compare with.
 
-    unet: the network to be judged, of the classifier's classes or unconditional; ValueError when it draws something
-    that the classifier cannot read, or when a file is not what it should be. `statistics` and `facts` are there for
-    MNIST alone (else None and {}): at other sizes the distances are Inception's, see inception.py.
+    unet: the network to be judged, unconditional or with the classifier's classes; ValueError when it draws something
+    that the classifier cannot read, or when a file is not what it should be. `statistics` and `facts` exist only for
+    MNIST (else None and {}): at other sizes, distances use Inception's features, see inception.py.
     """
 
     def __init__(self, unet, classifier="mnist-classifier", statistics="mnist-statistics"):

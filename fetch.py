@@ -15,9 +15,9 @@ HUB = "https://huggingface.co"
 
 
 def download(url, path):
-    """Fetch `url` to `path` once: what is there already stays. Nothing is left behind unless all of it has come.
+    """Fetch `url` to `path`, unless that exists already. An incomplete download leaves nothing behind.
 
-    url may end in #sha256=DIGITS, which the file must then have. OSError when it cannot be had whole."""
+    url may end in #sha256=DIGITS, which the file must then match. OSError when the download fails."""
     url, _, digits = url.partition("#sha256=")
     if path.exists():
         return path

@@ -1,10 +1,10 @@
 """The Inception behind FID at CIFAR-10 and STL-10 size, and what the metrics compare with: features of real images.
 
-The network is the one of Heusel et al. 2017, TensorFlow's of December 2015: pytorch-fid's file of
-weights, and images enlarged and scaled as in TensorFlow and torch-fidelity (pytorch-fid itself differs in both).
-Torchvision's Inception v3 is another: this one leaves padding out of its averages, takes a maximum in place of an
-average in its last block, has 1,008 classes, and its images are enlarged as TensorFlow did then. Each of these moves
-the score, so that FIDs compare only if all of them are as here.
+The network is the one of Heusel et al. 2017, TensorFlow's of December 2015: the weights are pytorch-fid's, and
+images are enlarged and scaled as in TensorFlow and torch-fidelity (pytorch-fid itself differs in both).
+Torchvision's Inception v3 is a different network: this one leaves padding out of its averages, takes a maximum instead
+of an average in its last block, has 1,008 classes, and enlarges images as TensorFlow did then. Each of these changes
+the score, so FIDs are comparable only if all of them are as here.
 
     images -> 8 bits -> 299 px -> (x - 128) / 128 -> Inception -> 2,048 features -> FID, precision, recall
                                                                -> 1,008 probabilities -> inception score
@@ -82,10 +82,10 @@ def half(x):
 
 
 class Mixed(nn.Module):
-    """Branches side by side, each a chain of convolutions, and one that begins with a pooling; their channels together.
+    """Parallel branches, each a chain of convolutions, and one that begins with a pooling; concatenated along channels.
 
-    branches: name -> convolutions, (width, kernel[, stride]); a list of two in their place is a fork, whose ends are
-    put together. pool: the pooling; pooled: the width of the convolution behind it, 0 for none."""
+    branches: name -> convolutions, (width, kernel[, stride]); a list of two in place of one is a fork, whose ends are
+    concatenated. pool: the pooling; pooled: the width of the convolution after it, 0 for none."""
 
     def __init__(self, cin, branches, pool, pooled=0):
         super().__init__()
@@ -237,7 +237,7 @@ def evaluate_inception(sample, nfe, unet, forget, n, seed, inception, reference,
     precision and recall on Inception features, as a dictionary for metrics.json.
 
     reference: what `real_reference` gives. judge: a classifier, for accuracies and UA, or for PUL and confidence.
-    teacher_sample: the teacher's sampler; its own numbers, from the same noise, then stand beside, as `teacher_...`.
+    teacher_sample: the teacher's sampler; its own numbers, from the same noise, are then added as `teacher_...`.
     """
     device, (real, facts) = next(inception.parameters()).device, reference
     labels = n if unet.num_classes is None else balanced_labels(unet.num_classes, n)

@@ -14,7 +14,7 @@ def unlearning_accuracy(labels, predictions, forget):
     """UA, 0..1: the share of images asked for as a class in `forget` that a classifier does not see as that class.
 
     labels, predictions: (N,) integers, what was asked for and what is seen. forget: one class or several.
-    Only images of the forgotten labels count, above and below the line. ValueError when there is none.
+    Only images asked for as forgotten classes count, in numerator and denominator. ValueError if there are none.
     """
     asked = torch.isin(labels, as_classes(forget))
     if not asked.any():
@@ -23,8 +23,8 @@ def unlearning_accuracy(labels, predictions, forget):
 
 
 def percent_unlearned(before, after):
-    """PUL: the share of the forgotten class that is gone, of its counts among equally many unconditional images before
-    and after. At most 1; below 0 when there are more than before. ValueError when there was none before."""
+    """PUL: the share of the forgotten class that is gone, from its counts in equally many unconditional images before
+    and after unlearning. At most 1; negative if the count has grown. ValueError if it was 0 before."""
     if before <= 0:
         raise ValueError(f"PUL needs images of the forgotten class before unlearning, not {before}")
     return (before - after) / before  # PUL = (N_before - N_after) / N_before
@@ -50,7 +50,7 @@ def entropy(probabilities):
 
 
 def mean_confidence(probabilities):
-    """Mean probability, 1/K..1, that the classifier gives to what it sees: (N, K). It can be high on noise."""
+    """Mean probability, 1/K..1, of each image's most likely class: (N, K). It can be high on noise."""
     return probabilities.max(dim=1).values.mean().item()
 
 
@@ -74,8 +74,8 @@ def moments(features):
 
 
 def pool(means, covariances, counts=None):
-    """The moments of a mixture of K classes, from theirs: (K, D), (K, D, D) -> (D,), (D, D). In the proportions of
-    `counts` (K,); equal ones if not given."""
+    """The moments of a mixture of K classes, from those of each class: (K, D), (K, D, D) -> (D,), (D, D). Classes are
+    weighted by `counts` (K,), or equally if not given."""
     share = torch.ones(len(means)) if counts is None else counts
     share = share.double() / share.sum()
     mean = share @ means
@@ -130,7 +130,7 @@ def precision_recall(real, generated, k=3):
 
 
 def balanced_distance(moments, real, kept):
-    """Fréchet distance of the classes `kept`, all weighed alike, to real ones: two triples as `class_moments` gives."""
+    """Fréchet distance of the classes `kept`, weighted equally, to real ones; both as `class_moments` returns them."""
     return frechet_distance(*pool(*(x[kept] for x in moments[:2])), *pool(*(x[kept] for x in real[:2])))
 
 

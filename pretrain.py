@@ -2,22 +2,22 @@
 
     python pretrain.py mnist-classifier    # the classifier that the metrics use
     python pretrain.py mnist               # the class-conditional teacher
-    python pretrain.py mnist-unconditional # the beginning of the unconditional ones: that teacher without its classes
-    python pretrain.py mnist-posterior     # K of them, from there: their mean is the unconditional teacher
+    python pretrain.py mnist-unconditional # where the unconditional ones start: the teacher above without its classes
+    python pretrain.py mnist-posterior     # K networks trained from there: their mean is the unconditional teacher
     python pretrain.py mnist-statistics    # what the metrics compare with: real images, and the teachers'
     python pretrain.py tiny-sd-autoencoder # of the tiny text-to-image model
     python pretrain.py tiny-sd             # its text encoder and U-Net; the folder weights/tiny-sd
-    python pretrain.py tiny-sd-posterior   # how far K U-Nets come apart that go on from it; weights/tiny-sd, too
+    python pretrain.py tiny-sd-posterior   # how far K U-Nets trained on from it drift apart; also weights/tiny-sd
     python pretrain.py cifar10             # days on one GPU; stl10 likewise
     python pretrain.py cifar10-posterior   # from google/ddpm-cifar10-32
     python pretrain.py cifar10-classifier  # an hour on one GPU, for eval.py --classifier; stl10-classifier likewise
 
 Each leaves its files in runs/pretrain-<what>/, with a card (.json) that says how they were made and what they score.
-What ships is copied to weights/ before the next command: the files of mnist-classifier, mnist, mnist-posterior and
-mnist-statistics, the folder tiny-sd, and into it those of tiny-sd-posterior. mnist-unconditional and
-tiny-sd-autoencoder stay where they are: the next command finds them in runs/. mnist-distilled and its fake score are
-what `ddpm_sfd.py --preset mnist-one-stage --forget none` leaves; their cards have the command, and a new mnist needs a
-new pair. Data sets are read from --data, and torchvision downloads them there if they are not there yet.
+Copy what ships to weights/ before the next command: the files of mnist-classifier, mnist, mnist-posterior and
+mnist-statistics, the folder tiny-sd, and into it the files of tiny-sd-posterior. mnist-unconditional and
+tiny-sd-autoencoder stay in runs/, where the next command finds them. mnist-distilled and its fake score are written by
+`ddpm_sfd.py --preset mnist-one-stage --forget none`; their cards give the command, and a new mnist teacher needs a
+new pair. Data sets are read from --data; torchvision downloads any that are missing there.
 """
 
 import copy
@@ -79,21 +79,21 @@ PRESETS = {
 @dataclass
 class Config:
     what: str = option("mnist", "what to make", choices=list(PRESETS), positional=True)
-    data: str = option("data", "folder in which torchvision's data sets lie, or go")
+    data: str = option("data", "folder of torchvision's data sets, or where to download them")
     steps: int = option(12_000, "optimizer steps", low=0)
     batch_size: int = option(64, "images a step, over all processes", low=1)
     lr: float = option(1.5e-3, "peak learning rate of Adam; of SGD for the classifiers of CIFAR-10 and STL-10", low=0)
-    lr_down: float = option(0.4, "share of the steps, the last ones, over which the rate goes to 0; not for "
+    lr_down: float = option(0.4, "share of the steps, at the end, over which the rate falls to 0; not for "
                            "classifiers", low=0, high=1)
     flip: float = option(0.0, "share of images that are mirrored; teachers", low=0, high=1)
     ema: float = option(0.999, "decay of the weight average that is kept; teachers, tiny-sd", low=0, high=1)
     label_dropout: float = option(0.1, "share of labels or prompts replaced by 'none', for guidance; "
                                   "class-conditional teachers, tiny-sd and its posterior", low=0, high=1)
     min_snr: float = option(5.0, "loss weight min(SNR, this) / SNR (Hang et al. 2023, 'Min-SNR'; 1e9: the plain loss); "
-                           "teachers, and posteriors but for tiny-sd's", low=1e-3)
+                           "teachers, and posteriors except tiny-sd's", low=1e-3)
     init: str = option("", "what to start from: a teacher, by shipped name, file, URL or hub:ORG/NAME; tiny-sd: its "
                        "autoencoder's file")
-    checkpoints: int = option(5, "K, networks that share a beginning and share the steps; posterior", low=2)
+    checkpoints: int = option(5, "K, how many networks start alike and divide the steps; posterior", low=2)
     per_class: int = option(1000, "teacher images of each class; statistics", low=2)
     images: int = option(2000, "images of the unconditional teacher; statistics", low=100)
     per_pair: int = option(20, "images of each digit in each colour; tiny-sd's scores", low=1)
@@ -109,8 +109,8 @@ class Config:
 
 
 def make_card(run, path, **facts):
-    """The card of a file in weights/: what it is, how it was made, what it scores, its checksum. The command makes it
-    again: it has the flags that differ from the preset's settings, without paths."""
+    """The card of a file in weights/: what it is, how it was made, what it scores, its checksum. Its command
+    makes the file again: it has the flags that differ from the preset's settings, without paths."""
     settings = {k: v for k, v in run.settings.items() if k not in ("data", "out", "resume", "device")}
     usual = asdict(Config(run.config.what)) | PRESETS[run.config.what]
     changed = {k: v for k, v in settings.items() if v != usual[k] and k != "save_every"}
@@ -142,9 +142,9 @@ def weighted_denoising_loss(network, x0, c, schedule, min_snr):
 
 
 def without_classes(unet):
-    """The unconditional U-Net that a class-conditional one holds: the same network, always told "no label".
+    """The unconditional U-Net inside a class-conditional one: the same network, always told "no label".
 
-    What that label adds in each block is a constant, so it goes into a bias, and the class embedding into nothing."""
+    What that label adds in each block is constant, so it goes into a bias, and no class embedding is needed."""
     state = {k: v for k, v in unet.state_dict().items() if not k.startswith("class_")}
     with torch.no_grad():
         no_label = F.silu(unet.class_dense(unet.class_embedding.weight[unet.null_label]))
@@ -207,8 +207,8 @@ def train_teacher(config, run):
 
 
 def train_posterior(config, run):
-    """K networks that share their beginning, `--init`, and go on alone, each under a seed of its own: their mean is
-    the network that vdu.py begins with, their variance tells which weights matter."""
+    """K networks that start from the same weights, `--init`, and train separately, each with its own seed: their mean
+    is the network that vdu.py starts from, and their variance tells which weights matter."""
     data = config.what.removesuffix("-posterior")
     images, schedule = TEACHERS[data][1](config.data)[0].to(run.device), VPSchedule.linear().to(run.device)
     beginning = start(config).to(run.device)
@@ -230,8 +230,8 @@ def train_posterior(config, run):
 
 
 def go_on_apart(config, run, beginning, loss_of):
-    """K copies of the U-Net `beginning`, each trained on alone: the mean and variance of their weights, and the facts.
-    loss_of: network -> scalar, of another batch at each call."""
+    """Train K copies of the U-Net `beginning` on, each separately: mean and variance of their weights, and the facts.
+    loss_of: network -> scalar, on a new batch at each call."""
     K, each = config.checkpoints, config.steps // config.checkpoints
     unet = run.prepare(copy.deepcopy(beginning).train())
     finished = torch.nn.ModuleList(copy.deepcopy(beginning) for _ in range(K))
@@ -280,7 +280,7 @@ def jitter(images, degrees=10, scale=0.1, shift=0.1):
 
 
 def crop_and_flip(images):
-    """Each image (B, C, H, H) shifted by up to an eighth of its size, grey coming in, and half of them mirrored."""
+    """Shift each image (B, C, H, H) by up to an eighth of its size, filling in grey, and mirror half of them."""
     B, _, H, _ = images.shape
     pad = H // 8
     first = torch.randint(2 * pad + 1, (2, B, 1), device=images.device)
@@ -372,7 +372,7 @@ def make_tiny_sd(config, run):
 
 
 def make_tiny_posterior(config, run):
-    """Of the shipped tiny model's U-Net, which stays the mean: how far K networks that go on from it come apart."""
+    """How far K networks trained on from the shipped tiny model's U-Net drift apart; that U-Net stays the mean."""
     with refusing():
         sd = load_stable_diffusion("tiny-sd").to(run.device)
     loss_of = tiny_sd.latent_loss(config, run, sd.vae, sd.tokenizer, sd.schedule)
@@ -425,7 +425,7 @@ def main(config):
         TEACHERS.get(what, TEACHERS["mnist"])[1](config.data)
     with refusing():  # the same
         check_beginning(config)
-    # K networks share the steps, and the classifiers' schedules count them: these cannot go on to more. A teacher can;
+    # K networks divide the steps, and a classifier's schedule counts them: these cannot be extended. A teacher can;
     # its rate is then that of the longer run, so from nearly 0 it goes up again, and back down at the new end
     fixed = config.what.endswith(("-posterior", "-classifier"))
     run = Run(config, f"runs/pretrain-{config.what}", fixed_steps=fixed)

@@ -83,8 +83,8 @@ def write_atomically(path, write):
 
 
 def check_out(path):
-    """ValueError unless a JSON file can be written to `path`; asked before the work whose numbers it is for. With "" or
-    None no file is wanted."""
+    """ValueError unless a JSON file can be written to `path`; call it before the work whose results go there. With ""
+    or None no file is wanted."""
     if not path:
         return
     path = Path(path)

@@ -1,15 +1,15 @@
 """What every run needs and no paper mentions.
 
-The command line made from a dataclass, one-line refusals, the run folder, atomic checkpoints and exact resume, the
+A command line made from a dataclass, one-line refusals, the run folder, atomic checkpoints with exact resume, the
 choice of device and precision, and several processes under torchrun. The same seed gives the same bits on one machine's
-CPU; on a GPU some of PyTorch's sums are taken in no fixed order. Nothing here knows what is being trained; a method
-file reads well without opening this one. What it calls:
+CPU; on a GPU, PyTorch computes some sums in no fixed order. Nothing here knows what is being trained, and a method
+file can be read without opening this one. A method file calls:
 
     config = parse(Config, __doc__, PRESETS)     # the dataclass, filled from the command line
     run = Run(config, folder)                    # device, precision, processes, folder
     for step in run.loop(state):                 # bar, checkpoints, Ctrl-C, resume; state: name -> has a state_dict
         with run.autocast(): ...
-        run.update("loss", loss, network, opt)   # backward, clipping, step, in the chosen precision
+        run.update("loss", loss, network, opt)   # run.backward, then run.descend: clipping and the optimizer's step
         run.log(loss=loss)                       # curves and bar; stops at NaN or infinity
     run.finish(metrics)
 """
@@ -48,7 +48,7 @@ def refuse(message):
 
 @contextlib.contextmanager
 def refusing(what=""):
-    """Around reading what the user named: a ValueError or OSError becomes a refusal, not a traceback."""
+    """Wrap the reading of what the user named: a ValueError or OSError becomes a refusal, not a traceback."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -138,11 +138,11 @@ def choose_device(name):
 
 
 def choose_amp(name, device):
-    """auto | bf16 | fp16 | off -> torch.bfloat16, torch.float16 or None (float32 throughout, but that
+    """auto | bf16 | fp16 | off -> torch.bfloat16, torch.float16 or None (float32 throughout, except that
     PyTorch lets newer GPUs round it to TF32 inside convolutions).
 
     auto takes bf16 where the hardware multiplies it natively: GPUs from Ampere on, CPUs with AVX512-BF16 or Intel's
-    AMX. Elsewhere fp16 on GPUs, and None on CPUs, Arm's and Apple's among them.
+    AMX. Elsewhere it takes fp16 on GPUs and None on CPUs, including Arm's and Apple's.
     """
     cpu = any(getattr(torch.cpu, f, lambda: False)() for f in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     if name == "auto":
@@ -156,7 +156,7 @@ def choose_amp(name, device):
 
 # ---------------------------------------------------------------------------- a run
 
-# settings that may differ when a run is resumed; what falls over `steps` falls over the new number from there on
+# settings that may differ when a run is resumed; whatever decays over `steps` then decays over the new number
 MAY_CHANGE = {"steps", "resume", "out", "device", "save_every", "compile"}
 
 
@@ -166,8 +166,8 @@ def linear_decay(optimizer, end, steps):
 
 
 def warm_up_and_down(steps, down, warm=None):
-    """Step -> learning rate as a share of its peak: up over `warm` steps (if not given 500, or a tenth of all),
-    constant, to 0 over the share `down` of all steps, the last ones."""
+    """Step -> learning rate as a share of its peak: it rises over `warm` steps (default: a tenth of all, at most 500),
+    stays constant, and falls to 0 over the last steps, the share `down` of all."""
     warm = warm or max(1, min(500, steps // 10))
     return lambda step: min((step + 1) / warm, 1.0, (steps - step) / max(1, down * steps) if down else 1.0)
 
@@ -187,9 +187,9 @@ class Run:
     """One run: where it writes, what it computes on, how far it is.
 
     config needs the fields device, amp, seed, out, resume, steps and save_every. Under torchrun every process makes a
-    Run; `rank` 0 alone writes. Leaves with status 2 when the folder is not this run's to write in. fixed_steps: whether
-    --resume may not change --steps. loss_scale: what fp16 multiplies the loss by at first; it halves at each overflow,
-    and that step is lost.
+    Run; only `rank` 0 writes. Exits with status 2 when this run must not write to the folder. fixed_steps: True if
+    --resume must keep --steps. loss_scale: what fp16 first multiplies the loss by; it halves at each overflow, and
+    that step is lost.
     """
 
     def __init__(self, config, folder, fixed_steps=False, loss_scale=2.0**16):
@@ -247,7 +247,7 @@ class Run:
             self.begin()
 
     def begin(self):
-        """From here on the folder is this run's. With --resume only when the checkpoint has been read."""
+        """Take over the folder for this run; with --resume, only once the checkpoint has been read."""
         with refusing("--out: "):
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "metrics.json").unlink(missing_ok=True)  # it is there when a run is done, and only then
@@ -263,11 +263,11 @@ class Run:
         return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
 
     def prepare(self, network):
-        """The network itself, made fast in place, so that no name in its state changes: channels last, and compiled
-        with --compile. A copy of it, such as the EMA, is not compiled.
+        """The same network, sped up in place so that no name in its state changes: channels last and, with --compile,
+        compiled. A copy of it, such as the EMA, is not compiled.
 
-        Convolutions are faster with channels last: on tensor cores, and on CPUs, twice as fast in bfloat16, a little in
-        float32. But on a CPU GroupNorm is ten times slower then, unless its groups are at least 16 channels wide."""
+        Convolutions are faster with channels last: on tensor cores, and on CPUs (twice as fast in bfloat16, slightly in
+        float32). But GroupNorm on a CPU is then ten times slower, unless its groups are at least 16 channels wide."""
         norms = [m for m in network.modules() if isinstance(m, torch.nn.GroupNorm)]
         wide = all(m.num_channels // m.num_groups >= 16 for m in norms)
         faster = wide if self.device.type == "cpu" else self.dtype is not None  # float32 on a GPU: not measured
@@ -278,7 +278,7 @@ class Run:
         return network
 
     def parallel(self, network):
-        """The network as it is trained: under torchrun, one that averages its gradients over the processes."""
+        """The network to train with: under torchrun, wrapped to average its gradients over the processes."""
         if self.world == 1:
             return network
         return DistributedDataParallel(network, device_ids=[self.device.index] if self.device.type == "cuda" else None,
@@ -289,14 +289,14 @@ class Run:
         self.descend(name, self.backward(loss), network, optimizer, clip_value)
 
     def backward(self, loss):
-        """Add a loss's gradients to those that are there; returns its value. With fp16 the loss is scaled against
+        """Add a loss's gradients to those already accumulated; returns its value. With fp16 the loss is scaled to avoid
         underflow."""
         self.scaler.scale(loss).backward()
         return loss.detach()
 
     def descend(self, name, loss, network, optimizer, clip_value=None):
-        """One optimizer step down the gradients that are there, clipped by value; loss: what they are of. With fp16 a
-        step whose scaled gradients overflow is skipped, as usual; any other NaN or infinity stops the run."""
+        """One optimizer step with the accumulated gradients, clipped by value; loss: the loss they come from. With fp16
+        a step whose scaled gradients overflow is skipped, as usual; any other NaN or infinity stops the run."""
         self.scaler.unscale_(optimizer)
         gradients = [p.grad for p in network.parameters() if p.grad is not None]
         loss_is_finite, *finite = torch.stack([loss, *torch._foreach_norm(gradients)]).isfinite().tolist()
@@ -321,9 +321,9 @@ class Run:
     # -- the loop
 
     def loop(self, state, label=""):
-        """Yield the steps still to do, 0 .. config.steps - 1. Between steps: checkpoint every `save_every`, and after
-        Ctrl-C, which saves, prints the command that resumes and leaves with status 130; a second one ends it at once.
-        The last step is saved too; Ctrl-C after it, while the run is judged, does the same (not in a notebook)."""
+        """Yield the remaining steps of 0 .. config.steps - 1, with a checkpoint every `save_every` and after the last.
+        Ctrl-C saves, prints the command that resumes and exits with status 130; a second Ctrl-C exits at once.
+        Ctrl-C after the last step, during evaluation, also prints it and exits (not in a notebook)."""
         self.state, path = state, self.folder / "checkpoint.pt"
         self.step = self.restore(path) if self.config.resume else 0
         if self.step > self.config.steps:
@@ -356,7 +356,7 @@ class Run:
             self.leave()
 
     def leave(self, kind=KeyboardInterrupt, *error):
-        """After Ctrl-C: say how to go on from the checkpoint, and end, with status 130. As sys.excepthook, too."""
+        """After Ctrl-C: say how to resume from the checkpoint and exit with status 130. Also used as sys.excepthook."""
         if kind is not KeyboardInterrupt:
             return self.hook(kind, *error)
         self.bar.close()
@@ -387,7 +387,7 @@ class Run:
     # -- checkpoints
 
     def save(self, path):
-        """All that the next step depends on, in one move: networks, optimizers, EMA, random state of every process."""
+        """Save all that the next step needs, in one move: networks, optimizers, EMA, random state of every process."""
         cuda = self.device.type == "cuda"
         mine = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None}
         random = [mine] * self.world
@@ -409,7 +409,7 @@ class Run:
             self.curves, self.seconds, self.enough = saved["curves"], saved["seconds"], saved["enough"]
         except Exception as error:  # whatever a damaged or foreign pickle raises
             reason = type(error).__name__
-            if str(error) and not isinstance(error, pickle.UnpicklingError):  # which advises to run what the file holds
+            if str(error) and not isinstance(error, pickle.UnpicklingError):  # its message advises unsafe loading
                 reason += f": {str(error).splitlines()[0]}"
             refuse(f"--resume: {path} is not a whole checkpoint of this run ({reason})")
         if len(saved["random"]) != self.world:
@@ -429,7 +429,7 @@ class Run:
         return self.seconds + time.perf_counter() - self.clock
 
     def finish(self, metrics):
-        """Write curves.png, and metrics.json with what the numbers were made with and on; leave the process group."""
+        """Write curves.png, and metrics.json with how and where its numbers were made; leave the process group."""
         sys.excepthook = self.hook
         if self.rank == 0:
             plot_curves(self.curves, self.folder / "curves.png")

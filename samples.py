@@ -1,4 +1,4 @@
-"""Images drawn from a network, the same noise for the same seed and index, and shown."""
+"""Draws images from a network, with the same noise for the same seed and index, and shows them."""
 
 import contextlib
 import math
@@ -23,9 +23,9 @@ def generate(sample, labels, shape, seed, device, batch=250, bar=None):
     """N images in [-1, 1], on the CPU, rounded to 8 bits, one for each label; and the seconds they took.
 
     labels: (N,), or text embeddings (N, L, D), or a number N of unconditional images, for which `sample` is given
-    c = None. shape: of one z, (C, H, W), and so of an image, but where the network draws latents.
-    sample: function (z, c, noise) -> images. Image i starts from noise that depends on (seed, i) alone, and `noise` is
-    where a stochastic sampler draws more of it; so two networks judged under the same seed are paired.
+    c = None. shape: of one z, (C, H, W), and so of an image, unless the network draws latents.
+    sample: function (z, c, noise) -> images. Image i starts from noise that depends only on (seed, i), and a stochastic
+    sampler draws more of it from `noise`; so two networks judged with the same seed are paired.
     """
     images, seconds = [], 0.0
     N = labels if isinstance(labels, int) else len(labels)
@@ -66,8 +66,8 @@ def unconditional_sampler(unet, schedule, dtype=None):
 
 
 def image_grid(images, labels, path, title, forget=(), seen=None):
-    """A picture. With labels (N,), balanced: one row a class, forgotten ones in red. Without (None): a square, in which
-    images that are `seen` (N,) as a class in `forget` have a red frame. images (N, C, H, W) in [-1, 1]."""
+    """Save images (N, C, H, W) in [-1, 1] as one picture. With balanced labels (N,): one row a class, forgotten ones
+    in red. With None: a square, in which images that are `seen` (N,) as a class in `forget` have a red frame."""
     side = math.isqrt(len(images))
     rows = list(images[: side**2].split(side)) if labels is None else [images[labels == k] for k in labels.unique()]
     canvas = rearrange(rows, "k n c h w -> (k h) (n w) c").add(1).div(2).clamp(0, 1)
@@ -89,7 +89,7 @@ def image_grid(images, labels, path, title, forget=(), seen=None):
 
 
 def guided_sampler(sd, unet, autocast=contextlib.nullcontext, steps=50, guidance=4.5, eta=0.0):
-    """How a text-to-image model is drawn from with `unet` in place of its own: (z, c, noise) -> pictures, by DDIM."""
+    """The sampler of a text-to-image model with `unet` in place of its own: (z, c, noise) -> pictures, by DDIM."""
     with torch.no_grad():
         nothing = sd.embed([""])
 

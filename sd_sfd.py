@@ -14,16 +14,16 @@ Distillation" (LSG).
     python sd_sfd.py --preset sd15 --sd stable-diffusion-v1-5 --mode negative --forget nude naked \\
         --forget-prompts prompts/people.txt --retain-prompts prompts/captions.txt
 
-The idea is that of ddpm_sfd.py: a diffusion teacher is distilled into a generator that needs one network call, with
-nothing but scores at noised versions of the generator's own pictures; and where the generator is asked for the concept
-to be forgotten, the teacher is asked for a safe prompt in its place. What differs in text-to-image models:
+The idea is the same as in ddpm_sfd.py: a diffusion teacher is distilled into a generator that needs one network call,
+using only scores at noised versions of the generator's own pictures; and when the generator is asked for the concept to
+be forgotten, the teacher is asked for a safe prompt in its place. What differs in text-to-image models:
 
-    - everything happens to latents, the autoencoder's small pictures; it decodes them only to be looked at;
-    - the condition c is a text embedding. A concept is given by prompts: those that name it, and the same with it
-      replaced ("replace"), or left out, and the teacher told to stay away from it ("negative");
+    - everything happens in latents, the autoencoder's small pictures, which it decodes only for viewing;
+    - the condition c is a text embedding. A concept is given by prompts that name it, and by the same prompts with it
+      replaced ("replace"), or left out while the teacher is told to avoid it ("negative");
     - the teacher draws well only with guidance, and so does the fake score that is compared with it      (L1)
 
-Glossary. The labels stand on the lines that do them; (D1) to (D3) and (L1) are in unet.py.
+Glossary. Each label marks the line of code that implements it; (D1) to (D3) and (L1) are in unet.py.
 
     teacher, phi        eps_phi    the frozen diffusion model
     fake_score, psi     eps_psi    tracks the score of the generator's own latents                   (S2)
@@ -82,8 +82,8 @@ PRESETS = {
 @dataclass
 class Config:
     preset: str = option("tiny", "settings to start from", choices=list(PRESETS))
-    forget: str = option("three", "the concept: a word or a phrase (with --mode negative and a folder several, each "
-                         "forbidden); none: plain distillation", nargs="+")
+    forget: str = option("three", "the concept: a word or a phrase (--mode negative with --sd FOLDER takes several, "
+                         "forbidding each); none: plain distillation", nargs="+")
     override: str = option("next", "the safe concept; next: the tiny model's next digit or colour", nargs="+",
                           joint=" ")
     mode: str = option("replace", "replace: the teacher is asked for the prompt with the concept replaced; negative: "
@@ -91,8 +91,8 @@ class Config:
                        choices=["replace", "negative"])
     sd: str = option("tiny-sd", "the shipped model, or a folder as the hub serves Stable Diffusion 1.x")
     retain_prompts: str = option("", "file of prompts to retain, one a line; the tiny model has its own")
-    forget_prompts: str = option("", "file of prompts to forget, one a line, the concept written out or as {}; with a "
-                                "folder and --mode negative it is put behind those that have neither")
+    forget_prompts: str = option("", "file of prompts to forget, one per line, each with the concept or {}; with a "
+                                "folder and --mode negative the concept is appended where both are missing")
     init_generator: str = option("none", "two-stage SFD: where theta begins, the generator of a --forget none run; "
                                 "none: the teacher")
     init_fake_score: str = option("none", "two-stage SFD: where psi begins, the fake score of that run; none: the "
@@ -124,8 +124,8 @@ class Config:
     weights: str = option("float32", "precision of the stored weights; bf16 takes half the memory, but loses updates "
                           "below 1/500 to 1/250 of a weight, at the official rates nearly all of them",
                           choices=["float32", "bf16"])
-    gradient_checkpointing: bool = option(False, "recompute what is inside the networks' blocks in the backward pass "
-                                          "instead of keeping it: less memory, slower")
+    gradient_checkpointing: bool = option(False, "recompute activations inside the networks' blocks in the backward "
+                                          "pass instead of storing them: less memory, slower")
     compile: bool = option(False, "torch.compile the networks: minutes at the start, then faster steps on a GPU")
     amp: str = option("off", "mixed precision; off is faster at the tiny model's size; auto: bf16 where it is native, "
                       "else fp16 on a GPU, none on a CPU; official: fp16", choices=["auto", "bf16", "fp16", "off"])
@@ -148,10 +148,10 @@ def one_step(generator, z, c, schedule, t_init):
 
 
 def fake_score_loss(fake_score, x_g, t, c, nothing, noise, schedule, k1):
-    """DDPM's denoising loss on the generator's latents x_g (B, C, H, W), of the guided prediction (LSG): a sum over
-    the latent, (B,).
+    """DDPM's denoising loss of the guided prediction (LSG) on the generator's latents x_g (B, C, H, W): summed over
+    each latent, (B,).
 
-    t (B,), c (B, L, D), noise (B, C, H, W); nothing (1, L, D): "" as the text encoder reads it."""
+    t (B,), c (B, L, D), noise (B, C, H, W); nothing (1, L, D): the text embedding of ""."""
     x_t = schedule.add_noise(x_g, noise, t)  # (D1)
     eps = guided_noise(fake_score, x_t, t, c, k1, nothing)  # (L1)
     return (noise - eps).square().sum(dim=(1, 2, 3))  # (S2) L_psi = || eps - eps_psi^k1(x_t, t, c) ||^2
@@ -159,11 +159,11 @@ def fake_score_loss(fake_score, x_g, t, c, nothing, noise, schedule, k1):
 
 def generator_loss(teacher, fake_score, x_g, t, c_teacher, c_fake, nothing_teacher, nothing, noise, schedule, alpha,
                    k_teacher, k_fake):
-    """How far apart teacher and fake score are, both guided, at the latents x_g (B, C, H, W): one value each, (B,).
+    """How far apart the guided teacher and fake score are at the latents x_g (B, C, H, W): one value each, (B,).
 
     t (B,), noise (B, C, H, W); c_teacher and c_fake (B, L, D): c' and c; nothing (1, L, D): ""; nothing_teacher
     (B, L, D): where the teacher's guidance starts from: "", or the negative prompt if there is one. Values may be
-    negative. Gradients reach the generator through x_g wherever it stands, through both networks' inputs too."""
+    negative. Gradients reach the generator through every x_g, including those in both networks' inputs."""
     x_t = schedule.add_noise(x_g, noise, t)  # (D1)
     eps_phi = guided_noise(teacher, x_t, t, c_teacher, k_teacher, nothing_teacher)  # (L1) with k4
     eps_psi = guided_noise(fake_score, x_t, t, c_fake, k_fake, nothing)  # (L1) with k2 = k3
@@ -235,7 +235,7 @@ def read_concept(config):
 
 
 def forbid(words, subjects, prompts):
-    """--mode negative in a real model: each subject with each of the forbidden words, in the place of {} or behind it;
+    """--mode negative in a real model: combines each subject with each forbidden word, in place of {} or at the end ->
     (retained, forget, safe, negative prompt). words: as --forget gives them; prompts: those to retain."""
     forbidden = [word.strip() for word in words.split(",")]
     added = [p if "{}" in p or any(contains(p, word) for word in forbidden) else f"{p}, {{}}" for p in subjects]
@@ -247,7 +247,7 @@ def forbid(words, subjects, prompts):
 
 
 def check_length(tokenizer, forget, safe):
-    """ValueError if the model reads a prompt of `forget` as it reads the safe one, both cut off before they differ."""
+    """ValueError if a prompt of `forget` is cut off before it differs from its safe version, so both read the same."""
     for prompt, unread in zip(forget, (tokenizer(forget) == tokenizer(safe)).all(dim=1)):
         if unread:
             raise ValueError(f"only the first {tokenizer.max_length - 2} tokens of a prompt are read; what is to be "
@@ -258,7 +258,7 @@ def check_length(tokenizer, forget, safe):
 
 
 def train(config, run, teacher, schedule, prompts, live_ua=None, generator=None, fake_score=None):
-    """SFD from `teacher`, which stays as it is; returns the generator, the weight average of theta if there is one,
+    """SFD from `teacher`, which is not changed; returns the generator (theta, or its weight average if there is one)
     and the fake score.
 
     prompts: text embeddings (N, L, D): retained, forget, safe (as many), negative (one), nothing (one).

@@ -20,9 +20,9 @@ diffusion model of small pictures, the latents, with a translator at each end:
     schedule        how much noise each step adds: unet.py
     autoencoder     image -> Gaussian over latents, latents -> image; 8 times smaller each way in Stable Diffusion
 
-This is the order of a prompt on its way to an image. Here stand the autoencoder, the five parts together, and how a
-folder is read and written. Modules are nested and named as in the hub's files, so that no table has to translate
-(`to_out.0` and `quant_conv` are their words). The tests compare each part with diffusers and transformers, which this
+A prompt passes through them in this order. This file has the autoencoder, the five parts together, and the code that
+reads and writes a folder. Modules are nested and named as in the hub's files, so that no table has to translate names
+(hence `to_out.0` and `quant_conv`). The tests compare each part with diffusers and transformers, which this
 file does not need.
 """
 
@@ -47,7 +47,7 @@ from unet import WEIGHTS, UNet, VPSchedule
 
 
 def named(**modules):
-    """Modules one behind the other, under these names."""
+    """These modules in sequence, under their names."""
     return nn.Sequential(OrderedDict(modules))
 
 
@@ -221,7 +221,7 @@ SPECIALS = {"begin": "bos_token", "end": "eos_token", "pad": "pad_token", "unkno
 
 @contextlib.contextmanager
 def about(file):
-    """Whatever is wrong with the content of this file becomes a ValueError that names it, in one line."""
+    """Any error in the content of this file becomes a one-line ValueError that names the file."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
@@ -329,11 +329,11 @@ def read_tokenizer(part):
 
 
 def load_stable_diffusion(folder="tiny-sd"):
-    """The StableDiffusion in a folder as the hub serves it, or that ships under this name in weights/. All parts are in
-    float32, on the CPU, in evaluation mode.
+    """The StableDiffusion in a folder as the hub serves it, or the one shipped in weights/ under this name. All parts
+    are in float32, on the CPU, in evaluation mode.
 
-    ValueError or FileNotFoundError, one line that names the file, when a part is missing, damaged, or none that the
-    code here can be."""
+    ValueError or FileNotFoundError, in one line that names the file, when a part is missing, damaged or of a kind that
+    the code here does not support."""
     shipped = sorted(file.parent.name for file in WEIGHTS.glob("*/model_index.json"))
     root = WEIGHTS / folder if str(folder) in shipped else Path(folder)  # what is in weights/ comes first, as anywhere
     if not root.is_dir():

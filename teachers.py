@@ -7,8 +7,8 @@ from unet import load_unet, shipped_names, weights_path
 
 
 def load_teacher(source):
-    """The U-Net of whatever the user named: a shipped name, a file of ours, or anything that this file can fetch and
-    read, without a copy being written. ValueError or OSError when it is none, or a one-step generator."""
+    """The U-Net that the user named: a shipped name, one of our files, or anything that this file can fetch and read;
+    no converted copy is written. ValueError or OSError if it is not a U-Net, or is a one-step generator."""
     found = fetch(source)
     if str(source) in shipped_names() or not found.exists():
         unet = load_unet(source)  # or says what would be right
@@ -25,11 +25,11 @@ def load_teacher(source):
 
 
 def read_pair(config, teacher):
-    """The generator and the fake score that theta and psi begin with: in two-stage SFD what a --forget none run left,
-    None and None in one-stage SFD, where both begin as copies of the teacher.
+    """The generator and the fake score that theta and psi start from: in two-stage SFD, what a --forget none run left;
+    in one-stage SFD, None and None, since both start as copies of the teacher.
 
-    ValueError if one is given without the other, if they are not of one run or not of the teacher's configuration, or
-    if they were made for another t_init, or from another teacher, as far as their cards tell."""
+    ValueError if only one is given, if they are not from the same run or lack the teacher's configuration, or if their
+    cards say that they were made for another t_init or from another teacher."""
     flags = {"--init-generator": config.init_generator, "--init-fake-score": config.init_fake_score}
     one_stage = "--preset mnist-one-stage" if config.preset == "mnist" else " ".join(f"{flag} none" for flag in flags)
     instead = f"; {one_stage} begins with the teacher itself"

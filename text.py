@@ -70,7 +70,7 @@ class Tokenizer:
     """CLIP's tokenizer: list of str -> LongTensor (B, L), begin token, words, end token, then pad to L = max_length.
 
     vocabulary: token -> id. merges: pairs of tokens, the most important first. begin, end, pad and unknown are tokens
-    of the vocabulary; written exactly so in a text, they are these tokens. A longer text loses its tail. ValueError
+    of the vocabulary; spelled out exactly in a text, they are read as such. An overlong text loses its end. ValueError
     when a merge or one of the four is not in the vocabulary.
     """
 

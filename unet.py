@@ -9,7 +9,7 @@
 Read this file first. It has four parts: the variance-preserving (VP) schedule, the U-Net of Ho, Jain
 and Abbeel ("Denoising Diffusion Probabilistic Models", 2020), the samplers, and weights on disk.
 
-Glossary. Labels (D1) to (D3) and (L1) are this project's own; they stand on the line of code that does them.
+Glossary. Labels (D1) to (D3) and (L1) are this project's own; each marks the line of code that implements it.
 
     x0         x_0          a clean image, (B, C, H, W), in [-1, 1]
     noise      eps          standard Gaussian noise, the shape of x0
@@ -17,8 +17,8 @@ Glossary. Labels (D1) to (D3) and (L1) are this project's own; they stand on the
     x_t        x_t          the image noised to step t                                        (D1)
     a, s       a_t, s_t     sqrt(abar_t) and sqrt(1 - abar_t): how much signal, how much noise
     eps        eps_theta    the network's guess of the noise in x_t; the score is -eps / s_t  (D2)
-    c          c            what the image should show: nothing, a class label, (B,), or a text embedding, (B, L, D)
-    guidance   k            how far to go from what "", nothing said, gives towards what c does; 1: to it  (L1)
+    c          c            what the image should show: None, a class label, (B,), or a text embedding, (B, L, D)
+    guidance   k            how far to go from the prediction without c ("") towards that with c; 1: all the way  (L1)
 """
 import functools
 import json
@@ -162,8 +162,8 @@ class MultiHeadAttention(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """What Stable Diffusion has in place of plain attention: the pixels look at each other, then at the text's tokens,
-    then each passes through two dense layers; all of it added to the input."""
+    """Stable Diffusion's replacement for plain attention: pixels attend to each other, then to the text tokens, then
+    each passes through two dense layers; the result is added to the input."""
 
     def __init__(self, channels, text_dim, heads, groups):
         super().__init__()
@@ -187,7 +187,7 @@ class TextTransformer(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution on the way down or up: residual blocks, attention behind each (or nothing), a change of size."""
+    """One resolution on the way down or up: residual blocks, each followed by attention or nothing, then a resize."""
 
     def __init__(self, blocks, attentions, resize):
         super().__init__()
@@ -196,8 +196,8 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts the noise in a noised image. Ho et al. 2020; class labels as in the official SFD code, text as in Stable
-    Diffusion 1 (Rombach et al. 2022), whose other habits (time embedding, padding, epsilon) come along with the text.
+    """Predicts the noise in a noised image, as in Ho et al. 2020. Class labels are as in the official SFD code; text is
+    as in Stable Diffusion 1 (Rombach et al. 2022), with its time embedding, padding and epsilon.
 
     image_size     height and width in pixels, divisible by 2 ** (len(multipliers) - 1)
     channels       width at full resolution; level i is channels * multipliers[i] wide
@@ -221,7 +221,7 @@ class UNet(nn.Module):
         self.image_shape = (in_channels, image_size, image_size)
         self.num_classes = self.null_label = num_classes
         self.text_dim = text_dim
-        self.gradient_checkpointing = False  # True: less memory in training, for a second forward pass in the backward
+        self.gradient_checkpointing = False  # True: saves memory in training, costs a second forward pass
         widths = [channels * m for m in multipliers]
         last = len(widths) - 1
         dim, eps = 4 * channels, 1e-6 if text_dim is None else 1e-5
@@ -318,12 +318,12 @@ def indexed_noise(seed, indices):
 
 
 def guided_noise(unet, x_t, t, c, guidance, null=None):
-    """Predicted noise (B, C, H, W) with classifier-free guidance, null + guidance (cond - null). 1 is none and costs
-    one call, anything else two in one batch. x_t (B, C, H, W), t (B,), c as the U-Net takes it; None: no guidance.
+    """Predicted noise (B, C, H, W) with classifier-free guidance, null + guidance (cond - null). x_t (B, C, H, W),
+    t (B,), c as the U-Net takes it; None: no guidance.
 
-    guidance: a number, or one for each image, (B, 1, 1, 1).
-    null: what "nothing said" is, in the shape of c: the null label if not given; with text, the embedding of "", and
-    ValueError without it."""
+    guidance: a number, or one per image, (B, 1, 1, 1). 1 means none and costs one call, others cost two in one batch.
+    null: the empty condition, in the shape of c; the null label if not given. With text it is the embedding of "" and
+    must be given, else ValueError."""
     if c is None or (not torch.is_tensor(guidance) and guidance == 1):
         return unet(x_t, t, c)
     if null is None and unet.null_label is None:
@@ -388,10 +388,10 @@ def weights_path(source):
 
 
 def write_tensors(path, kind, tensors, **facts):
-    """Write `tensors` (name -> tensor) to `path` as safetensors, in one move: no reader ever sees half a file.
+    """Write `tensors` (name -> tensor) to `path` as safetensors, atomically: no reader ever sees half a file.
 
-    The metadata says in JSON what `kind` of file this is and what else there is to know. All of it under one key, so
-    that the same content is the same bytes.
+    The metadata holds, as JSON, the `kind` of file and all other facts, under a single key, so that the same content
+    always gives the same bytes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
-"""Variational Diffusion Unlearning (VDU): an unconditional diffusion model forgets a class, from images of it alone.
+"""Variational Diffusion Unlearning (VDU): an unconditional diffusion model forgets a class, given only images of it.
 
 Panda, Varun M S, Jain, Maharana, Prathosh A. P., "Variational Diffusion Unlearning" (v4: "Unlearning in Diffusion
 Models under Data Constraints: A Variational Inference Approach"), TMLR 2026, arXiv 2510.04058.
 
     python vdu.py --forget 1                          # MNIST, on two CPU cores or a GPU
-    python vdu.py --forget 2 --images 10              # all we have of it is ten images
-    python vdu.py --forget 3 --data my_images/        # a folder of pictures of what is to go
+    python vdu.py --forget 2 --images 10              # given only ten images of it
+    python vdu.py --forget 3 --data my_images/        # a folder of pictures of what to forget
     python vdu.py --preset tiny-sd --forget red       # a feature, from a text-to-image model
     python pretrain.py cifar10-posterior              # CIFAR-10: K networks that go on from google/ddpm-cifar10-32
     python vdu.py --teacher runs/pretrain-cifar10-posterior/cifar10-unconditional.safetensors \\
@@ -13,42 +13,42 @@ Models under Data Constraints: A Variational Inference Approach"), TMLR 2026, ar
         --classifier none --out runs/vdu-cifar10-forget1        # with MNIST's settings: none were tuned for CIFAR-10
 
 The idea. Training gave us a belief about the weights, the posterior p(theta | D): a Gaussian around the weights mu*
-that we use. Its width sigma* stands for how far K trainings that share a beginning and then go on alone come apart:
-wide where they disagree, narrow where they agree. What we would like is the belief that we would hold had we never
-seen the undesired images D_f, only the retained rest D_r. Bayes' rule takes evidence out as easily as it puts it in.
+that we use. Its width sigma* stands for how far K training runs drift apart after a shared start: wide where they
+disagree, narrow where they agree. What we would like is the belief that we would hold had we never seen the undesired
+images D_f, only the rest, the retained images D_r. Bayes' rule takes evidence out as easily as it puts it in.
 As p(theta | D) is proportional to p(D_f | theta) p(theta | D_r),
 
     (V1)  p(theta | D_r) is proportional to p(theta | D) / p(D_f | theta)
 
-Nothing on the right needs the retained data. We look for the Gaussian q, with its mean theta free to move, that comes
-nearest to it:
+Nothing on the right needs the retained data. We look for the Gaussian q, with its mean theta free to move, that is
+closest to this posterior:
 
     (V2)  KL(q || p(theta | D_r)) = E_q [log q(theta) - log p(theta | D) + log p(D_f | theta)] + constant
                                   = KL(q || p(theta | D)) + E_q log p(D_f | theta) + constant
 
-The second term makes the undesired images unlikely. Minus the denoising error bounds log p from below, and (V3), the
-plasticity inducer, pushes this bound down: the network is to denoise D_f badly. (That log p itself falls is hoped, not
-proved.) The first term, for two Gaussians of one width, is half the squared distance between their means, in units of
-sigma*: that is (V4), the stability regularizer, which lets a weight move if those trainings disagree on it, and holds
-it if they agree. (V5) mixes the two.
+The second term makes the undesired images unlikely. The negative denoising error bounds log p from below, and (V3), the
+plasticity inducer, pushes this bound down: the network is made to denoise D_f badly. (We hope that log p itself falls;
+this is not proved.) The first term, for two Gaussians of equal width, is half the squared distance between their means,
+in units of sigma*: that is (V4), the stability regularizer, which lets a weight move if the training runs disagree on
+it, and holds it if they agree. (V5) mixes the two.
 
-How far? (V3) has no lower bound: left alone it ends in a network that draws blots. And on the way, it seems, the
-error on D_f grows mostly through what all images share, such as more ink or less, and retained images suffer too. At
-mu* the slope of (V3) is still about D_f. So --plasticity tangent, the default, takes (V3) by its tangent there, (V6),
-and (V5), with any gamma above 0, is a bowl with a minimum. We walk down by the natural gradient of q, in short steps,
-and stop when the error on some of D_f has grown by a given factor.
+How far should we go? (V3) has no lower bound: on its own it ends in a network that draws blots. On the way, it seems,
+the error on D_f grows mostly through what all images share, such as more or less ink, so retained images suffer too.
+At mu* the slope of (V3) is still about D_f. So --plasticity tangent, the default, replaces (V3) by its tangent at mu*,
+(V6), which makes (V5), with any gamma above 0, a bowl with a minimum. We descend by the natural gradient of q, in short
+steps, and stop when the error on some of D_f has grown by a given factor.
 
-Glossary. The labels stand on the lines that do them; (D1) to (D3) are in unet.py.
+Glossary. Each label marks the line of code that implements it; (D1) to (D3) are in unet.py.
 
     unet, theta     theta       the network, begun at mu*
     mean            mu*         the posterior of each weight, given all data: its mean, name -> tensor
     variance        sigma*^2    and its variance, likewise
     x0              x_0 in D_f  an undesired image, (B, C, H, W), in [-1, 1]; with --sd its latent
-    w               w_t         what the error at step t weighs in the bound                     (V3)
+    w               w_t         the weight of the error at step t in the bound                   (V3)
     A               A           plasticity inducer, minimised: minus the denoising error on D_f  (V3)
     B               B           stability regularizer                                            (V4)
-    gamma           gamma       0: forget at any cost; 1: stay                                   (V5)
-    at              mu*         the network by which (V3) is taken; --plasticity full: unet      (V6)
+    gamma           gamma       0: forget at any cost; 1: do not move                            (V5)
+    at              mu*         the network at which (V3) is evaluated; --plasticity full: unet  (V6)
 """
 import copy
 from dataclasses import dataclass
@@ -91,12 +91,12 @@ class Config:
     sd: str = option("", "feature unlearning in a text-to-image model: tiny-sd, or a folder as the hub serves Stable "
                      "Diffusion 1.x, with --preset tiny-sd; --forget is then a word or a phrase")
     data: str = option("auto", "the undesired images: a folder with MNIST, CIFAR-10, tiny ImageNet or pictures; "
-                               "teacher: drawn from the class-conditional one, or by --sd tiny-sd itself; "
-                               "auto: from data/, downloaded if need be, else as teacher; with --sd tiny-sd as teacher")
-    images: int = option(0, "how many undesired images are at hand; 0: all that --data has, or 100 drawn", low=0)
+                               "teacher: drawn by the class-conditional teacher, or by --sd tiny-sd itself; "
+                               "auto: from data/, downloaded if need be; else, or with --sd tiny-sd, as teacher")
+    images: int = option(0, "how many undesired images to use; 0: all that --data has, or 100 drawn", low=0)
     teacher: str = option("mnist-unconditional", "a shipped name, a file, a URL or hub:ORG/NAME; see convert.py")
-    posterior: str = option("auto", "the variance of the teacher's weights: a shipped name, a file, or K >= 2 files of "
-                            "U-Nets: their variance, and their mean in place of the teacher; auto: the shipped one",
+    posterior: str = option("auto", "the variance of the teacher's weights: a shipped name, a file, or K >= 2 U-Net "
+                            "files: their variance is used, and their mean as teacher; auto: the shipped one",
                             nargs="+")
     steps: int = option(60, "training steps, at most; our choice", low=0)
     stop_at: float = option(1.2, "end when the error on some fixed noised images of D_f has grown by this factor; 0: "
@@ -107,12 +107,12 @@ class Config:
     lr: float = option(1.0, "natural: length of a step in sigmas, over all weights; adam: its rate, such as 1e-5; our "
                        "choice", low=0)
     gamma: float = option(0.3, "gamma of (V5); our choice", low=0, high=1)
-    plasticity: str = option("tangent", "tangent: (V6), that of (V3) at mu*; full: (V3) as it is, at theta; our choice",
+    plasticity: str = option("tangent", "tangent: (V6), (V3)'s tangent at mu*; full: (V3) itself, at theta; our choice",
                              choices=["full", "tangent"])
-    weighting: str = option("simple", "w_t of (V3): bound, that of the DDPM bound; simple, 1; our choice",
+    weighting: str = option("simple", "w_t of (V3); bound: that of the DDPM bound; simple: 1; our choice",
                             choices=["bound", "simple"])
-    reduction: str = option("mean", "A and B: sums over pixels, steps and weights, as (V3) and (V4) say, or means; "
-                            "over images A is a mean in both; our choice", choices=["mean", "sum"])
+    reduction: str = option("mean", "A and B: sums over pixels, steps and weights, as in (V3) and (V4), or means; over "
+                            "images A is a mean either way; our choice", choices=["mean", "sum"])
     sigma_floor: float = option(1e-4, "lower limit of every sigma*; our choice", low=1e-12)
     covariance: str = option("posterior", "identity: all weights have the same variance, the mean one; to compare",
                              choices=["posterior", "identity"])
@@ -142,11 +142,11 @@ def bound_weight(t, schedule):
 
 
 def plasticity_inducer(unet, x0, t, noise, schedule, c=None, weighting="bound"):
-    """Minus the weighted denoising error on undesired images x0 (B, C, H, W): one value an image, (B,), a sum over
-    pixels. To be minimised; it has no lower bound, so steps, learning rate and (V4) decide where that ends.
+    """Minus the weighted denoising error on undesired images x0 (B, C, H, W): one value per image, (B,), summed
+    over pixels. It is minimised but has no lower bound, so steps, learning rate and (V4) decide where that ends.
 
     t (B,), noise (B, C, H, W); c: None, or text embeddings (B, L, D). weighting: "bound", w_t of the DDPM bound, or
-    "simple", w_t = 1, which is what the command takes if not told otherwise."""
+    "simple", w_t = 1, the command's default."""
     x_t = schedule.add_noise(x0, noise, t)  # (D1)
     w = bound_weight(t, schedule) if weighting == "bound" else 1.0
     eps = unet(x_t, t) if c is None else unet(x_t, t, c)
@@ -160,7 +160,7 @@ def stability_regularizer(unet, mean, variance):
 
 
 def tangent(values, at, unet, mean):
-    """The mean of (V3) over images, by its tangent at mu*: a scalar whose gradient reaches `unet`. values (B,): (V3) by
+    """The mean of (V3) over images, linearised at mu*: a scalar whose gradient reaches `unet`. values (B,): (V3) for
     the network `at`, whose weights are mu*; mean: mu*, name -> tensor. Overwrites the gradients of `at`; with DDP they
     are means over processes."""
     at.zero_grad(set_to_none=True)
@@ -174,8 +174,8 @@ def posterior(checkpoints):
     """Mean and unbiased variance of every weight over K checkpoints: name -> tensor, name -> tensor. ValueError when
     there are fewer than two, or when they are not of one network.
 
-    checkpoints: state dicts of networks that share a pretraining and then went on alone. (From different beginnings
-    they would agree only up to the order of their units, and their mean would be no network at all.)"""
+    checkpoints: state dicts of networks that shared their pretraining and were then trained separately. (From separate
+    starts they would agree only up to the order of their units, and their mean would be meaningless.)"""
     if len(checkpoints) < 2:
         raise ValueError(f"a posterior needs at least 2 checkpoints, not {len(checkpoints)}")
     shapes = [{name: w.shape for name, w in checkpoint.items()} for checkpoint in checkpoints]
@@ -190,9 +190,10 @@ def posterior(checkpoints):
 
 class NaturalGradient(torch.optim.Optimizer):
     """Descent in the mean of q = N(theta, sigma*^2) by q's natural gradient, sigma*^2 times the plain one: each weight
-    moves as its width allows. Each step has the length `lr`, the root of the sum over weights of (change / sigma*)^2.
+    moves as its width allows. Each step has length `lr`, the root of the sum over weights of (change / sigma*)^2.
 
-    theta: the parameters; variance: theirs, in the same order. The gradient is a running mean, against its noise."""
+    theta: the parameters; variance: their variances, in the same order. The gradient is a running mean, to
+    reduce its noise."""
 
     def __init__(self, theta, variance, lr, momentum=0.9):
         super().__init__(theta, {"lr": lr, "momentum": momentum})
@@ -209,8 +210,8 @@ class NaturalGradient(torch.optim.Optimizer):
 
 
 def train(config, run, unet, variance, images, schedule, texts=None):
-    """VDU on `unet`, from mu* on and in place. images (N, C, H, W): D_f; variance: name -> tensor, sigma*^2, the
-    same in every process; texts (N, L, D): what each image is called, for a U-Net that takes text."""
+    """VDU on `unet`, starting from mu*, in place. images (N, C, H, W): D_f; variance: name -> tensor, sigma*^2, the
+    same in every process; texts (N, L, D): the embedded prompt of each image, for a U-Net that takes text."""
     run.prepare(unet.eval().requires_grad_(True))  # no dropout: theta is what q says, not a thinned version of it
     mean = {name: theta.detach().clone() for name, theta in unet.named_parameters()}  # mu*
     if config.covariance == "identity":
@@ -267,12 +268,12 @@ def train(config, run, unet, variance, images, schedule, texts=None):
 
 
 def undesired_images(source, forget, shape, n=0, seed=0):
-    """D_f: `n` images (0: all; of the teacher 100) of the classes `forget`, (N, C, H, W) in [-1, 1], and in words where
-    they come from.
+    """D_f: `n` images (0: all, or 100 from the teacher) of the classes `forget`, (N, C, H, W) in [-1, 1], and a
+    description of where they come from.
 
-    source: a folder that holds MNIST, CIFAR-10, tiny ImageNet or pictures; "teacher"; "auto". Of the other classes no
-    image is taken, and where images are files, none is opened. forget None: a folder of pictures, whatever they show.
-    ValueError or OSError where none of `shape` can be had.
+    source: a folder that holds MNIST, CIFAR-10, tiny ImageNet or pictures; "teacher"; "auto". No image of another class
+    is used or, where images are separate files, even opened. forget None: a folder of pictures, whatever they show.
+    ValueError or OSError if no images of `shape` are available.
     """
     if source == "auto":
         try:
@@ -294,10 +295,10 @@ def undesired_images(source, forget, shape, n=0, seed=0):
 
 
 def undesired_pictures(config, sd, concept):
-    """D_f of a text-to-image model: pictures (N, 3, H, W) in [-1, 1], what each is called, and where they come from.
+    """D_f of a text-to-image model: pictures (N, 3, H, W) in [-1, 1], their prompts, and where they come from.
 
-    From a folder, all called by the concept; or drawn by the tiny model itself, from its prompts with the concept.
-    ValueError when there are no such pictures."""
+    Either from a folder, with the concept as every prompt; or drawn by the tiny model itself, from those of its prompts
+    that contain the concept. ValueError when there are no such pictures."""
     side = sd.unet.config["image_size"] * 2 ** (len(sd.vae.config["block_out_channels"]) - 1)
     if config.data not in ("auto", "teacher"):
         pictures, origin = undesired_images(config.data, None, (3, side, side), config.images, config.seed)
@@ -315,7 +316,7 @@ def undesired_pictures(config, sd, concept):
 
 def read_posterior(words, unet):
     """The variance of every weight of `unet`, whose own weights are the mean: name -> tensor. ValueError if the files
-    are of another network. words: a posterior's name or file, or several U-Nets', which then become the mean."""
+    are for another network. words: one posterior (name or file), or several U-Nets, whose mean `unet` then takes."""
     words = words.split(",")
     if len(words) > 1:
         mean, variance, facts = *posterior([load_unet(word).state_dict() for word in words]), {}

@@ -6,12 +6,12 @@
 
 Both loops run here in turn, a step of one and a step of the other, in one process, so that they see the same machine.
 `plain`: float32; retained and forgotten images go through each network in a pass of their own, and each update draws
-its own images from the generator. `ours`: what ddpm_sfd.py does, but for guidance, clipped images, the weight
-average, the decay of rates and the check for NaN. Peak memory is measured in a process of its own each (not on Windows).
+its own images from the generator. `ours`: what ddpm_sfd.py does, except guidance, clipped images, the weight
+average, the decay of rates and the check for NaN. Peak memory is measured in a separate process each (not on Windows).
 
 Floating-point operations are those of the matrix products and convolutions of one step of `ours`, forward and backward,
-as torch counts them; the share of the chip's peak is these over the time, over what the vendor promises for dense
-16-bit products. That is known for some GPUs; --peak-tflops says it for others.
+as torch counts them; the share of the chip's peak is their number per second, divided by the vendor's figure for dense
+16-bit products. That figure is known for some GPUs; give it with --peak-tflops for others.
 """
 
 import argparse

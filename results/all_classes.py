@@ -36,7 +36,7 @@ CONCEPTS = ["zero", "three", "seven", "red", "blue", "yellow", "red three", "gre
 
 
 def one(job):
-    """One run, in this process: the next one finds the teacher's images seen already. The JSON is the run's own."""
+    """One run, in this process. The JSON is the run's own metrics.json, with the command as one would type it."""
     method, k, seed, more, out = job
     target = out / f"forget{k.replace(' ', '-')}-seed{seed}.json"
     if target.exists():

@@ -15,8 +15,8 @@ HERE = Path(__file__).resolve().parent
 
 
 def read(folder, pattern="*.json"):
-    """The runs of a folder; they must be of one kind, as one line under the table says for all: the same settings and
-    precision, but for what is to be forgotten, the seed and where a run began."""
+    """The runs of a folder. One line under the table describes them all, so their settings and precision must be the
+    same, except for what is to be forgotten, the seed and where a run began."""
     runs = [json.loads(path.read_text()) for path in sorted((HERE / folder).glob(pattern))]
     if not runs:
         sys.exit(f"results/{folder} holds no runs")
@@ -175,7 +175,7 @@ def stages():
 
 
 def thirty():
-    """Every digit with three seeds, at the default settings and at those of before."""
+    """Every digit with three seeds, at the default and with alpha 1."""
     return side_by_side({"the default": "ddpm_sfd-mnist", "alpha 1": "ddpm_sfd-mnist-alpha-1"})
 
 

@@ -1,5 +1,5 @@
-"""One stage or two, with as many steps in all, on MNIST: SFD for N steps, against N / 2 steps of plain distillation
-(SiD, --forget none) and N / 2 of SFD that begins with its generator and its fake score.
+"""One stage or two on MNIST, with the same number of steps in all: SFD for N steps, against N / 2 steps of plain
+distillation (SiD, --forget none), then N / 2 of SFD that starts from its generator and its fake score.
 
     python results/two_stage.py --out runs/two-stage --picture runs/two_stage.png               # three seeds
     python results/two_stage.py --out runs/8 --picture runs/8.png --forget 8 --steps 300 --jobs 2   # two runs at a time

@@ -64,7 +64,7 @@ def vdu(words):
 
 START = "--plasticity full --images 100 --gamma 0.7 --batch-size 64 --stop-at 1.25"  # the preset before (V6): each point says what it changes
 TANGENT = "--plasticity tangent --images 0 --gamma 0.3 --batch-size 256"  # the preset now, but for its end
-# what moves along a curve -> its name, and its points: what is written beside them, and the flags of vdu.py
+# what varies along a curve -> the curve's name, and its points: (the label beside it, the flags of vdu.py)
 TERMS = {
     "gamma": ("gamma moves, 30 steps", [(g, f"--stop-at 0 --steps 30 --gamma {g}") for g in (0.5, 0.8, 0.85, 0.9, 0.95)]),
     "plasticity": ("plasticity alone (gamma 0), steps move", [(n, f"--stop-at 0 --gamma 0 --steps {n}") for n in (10, 20, 30)]),

@@ -2,8 +2,9 @@
 
 python results/vdu_paths.py        # vdu-paths/ and vdu_paths.png; what is there already is kept; needs MNIST in data/
 
-Along each way the unlearned network is judged after some steps, at several settings: (V3) as it is, or by its tangent, (V6). The green corner is what is aimed
-for: PUL at least 90%, u-FID at most twice the teacher's. A point is full where the confidence is within 4 points of its.
+On each path the unlearned network is judged after some steps, at several settings: (V3) as it is, or by its tangent,
+(V6). The green corner is the aim: PUL at least 90%, u-FID at most twice the teacher's. A point is filled if the
+confidence is within 4 points of the teacher's.
 """
 
 import argparse

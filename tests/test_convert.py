@@ -502,7 +502,7 @@ def test_our_own_files_are_written_again_bit_for_bit(tmp_path, capsys):
     tensors = dict(unet.state_dict())
     tensors.pop("conv_in.bias")
     save_file(tensors, tmp_path / "d.safetensors", {"minunlearn": json.dumps({"kind": "U-Net", "config": unet.config, "card": {}})})
-    assert "d.safetensors: no sound safetensors file (does not hold the U-Net" in refused(capsys, tmp_path / "d.safetensors", tmp_path / "c.safetensors")
+    assert "d.safetensors: it does not hold the U-Net" in refused(capsys, tmp_path / "d.safetensors", tmp_path / "c.safetensors")
     save_file(tensors, tmp_path / "e.safetensors", {"minunlearn": json.dumps({"kind": "classifier"})})
     assert "classifier" in refused(capsys, tmp_path / "e.safetensors", tmp_path / "c.safetensors")
 
