@@ -67,15 +67,17 @@ def sd_folder(tmp_path_factory):
     return path
 
 
-def write_mnist(folder, images, labels):
-    """MNIST's files as torchvision lays them out: these images (N, 28, 28) and labels (N,), uint8, for both splits."""
+def write_mnist(folder, images, labels, test=slice(None)):
+    """MNIST's files as torchvision lays them out: these images (N, 28, 28) and labels (N,), uint8; the test split has
+    only the part `test` of them."""
     raw = folder / "MNIST/raw"
     raw.mkdir(parents=True)
-    for split in ("train", "t10k"):
-        header = b"".join(n.to_bytes(4, "big") for n in (0x803, *images.shape))
-        (raw / f"{split}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-        header = b"".join(n.to_bytes(4, "big") for n in (0x801, len(labels)))
-        (raw / f"{split}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
+    for split, part in (("train", slice(None)), ("t10k", test)):
+        x, y = images[part], labels[part]
+        header = b"".join(n.to_bytes(4, "big") for n in (0x803, *x.shape))
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(header + x.tobytes())
+        header = b"".join(n.to_bytes(4, "big") for n in (0x801, len(y)))
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(header + y.tobytes())
 
 
 def write_cifar10(folder, monkeypatch):
@@ -93,7 +95,7 @@ def write_cifar10(folder, monkeypatch):
     return folder
 
 
-def words(command, processes=1):
+def argv_of(command, processes=1):
     """'ddpm_sfd.py --forget 0' as a list for subprocess: one of the project's scripts, or several under torchrun."""
     script, *rest = shlex.split(command)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(processes)]
@@ -102,11 +104,11 @@ def words(command, processes=1):
 
 def python(command, cwd, processes=1, **kwargs):
     """Run one of the project's scripts as a user would, to its end."""
-    return subprocess.run(words(command, processes), cwd=cwd, capture_output=True, text=True, timeout=240, **kwargs)
+    return subprocess.run(argv_of(command, processes), cwd=cwd, capture_output=True, text=True, timeout=240, **kwargs)
 
 
 def inside(command, cwd):
-    """The same in this very process, which need not import torch again: for what no process of its own is needed for."""
+    """As `python`, but in this process, which has torch imported already. Exceptions other than SystemExit come through."""
     script, *rest = shlex.split(command)
     module, out, err = importlib.import_module(Path(script).stem), io.StringIO(), io.StringIO()
     argv, folder, code = sys.argv, os.getcwd(), 0
@@ -131,6 +133,12 @@ def few_calls(monkeypatch):
 
     for module in map(importlib.import_module, ("ddpm_sfd", "mnist_statistics", "samples", "vdu")):
         monkeypatch.setattr(module, "ddim_sample", short)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Whatever ran before it, a test draws the same numbers."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

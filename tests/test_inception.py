@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from conftest import random_unet, write_cifar10
+from test_convert import Bomb
 
 import eval as evaluation
 import inception
@@ -71,9 +72,11 @@ def test_a_file_that_is_no_inception_is_refused(tmp_path, weights):
     torch.save({"fc.weight": torch.zeros(1008, 2048)}, tmp_path / "other.pth")
     torch.save({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "shape.pth")
     (tmp_path / "empty.pth").write_bytes(b"")  # as a download that broke off leaves it
-    for name in ("damaged", "other", "shape", "empty"):
+    torch.save({"fc.weight": Bomb(tmp_path / "boom")}, tmp_path / "code.pth")
+    for name in ("damaged", "other", "shape", "empty", "code"):
         with pytest.raises(ValueError, match="does not hold the FID Inception"):
             inception.load_inception(tmp_path / f"{name}.pth")
+    assert not (tmp_path / "boom").exists()
 
 
 # ------------------------------------------------------------------ what it is compared with, and the command

@@ -253,6 +253,35 @@ def test_the_tangent_takes_the_first_step_of_the_whole_and_then_its_own_way(tmp_
     assert same_bits(whole, resumed) and run.curves["growth"][-1] > 1.01
 
 
+@pytest.mark.parametrize("variance, expected", [(1e-8, 1e-6), (1e-4, 1e-4)])
+def test_no_sigma_is_below_its_floor(tmp_path, monkeypatch, variance, expected):
+    """--sigma-floor is a sigma, not a variance."""
+    given, natural = [], vdu.NaturalGradient
+    monkeypatch.setattr(vdu, "NaturalGradient", lambda theta, v, lr: given.extend(v) or natural(theta, v, lr))
+    run_of(tmp_path, "run", variance=variance, sigma_floor=1e-3, optimizer="natural", steps=0)
+    assert given and all(v.unique().tolist() == pytest.approx([expected], rel=1e-5) for v in given)
+
+
+def test_the_loss_of_a_step_lies_between_both_terms_as_gamma_says(tmp_path, monkeypatch):  # (V5), as means
+    drawn, losses, inducer, update = [], [], vdu.plasticity_inducer, Run.update
+
+    def spy(unet, x0, t, noise, *rest):
+        if torch.is_grad_enabled():
+            drawn.append((x0, t, noise, copy.deepcopy(unet)))
+        return inducer(unet, x0, t, noise, *rest)
+
+    monkeypatch.setattr(vdu, "plasticity_inducer", spy)
+    monkeypatch.setattr(Run, "update", lambda run, name, loss, *rest: losses.append(loss.item()) or update(run, name, loss, *rest))
+    _, before, _ = run_of(tmp_path, "run", gamma=0.3, variance=1e-6, steps=2)
+    for (x0, t, noise, unet), loss in zip(drawn, losses, strict=True):
+        with torch.no_grad():
+            A = -(noise - unet(SCHEDULE.add_noise(x0, noise, t), t)).square().mean()
+            moved = torch.cat([(p - q).flatten() for p, q in zip(unet.parameters(), before.parameters())])
+            B = (moved.square() / 2e-6).mean()
+        assert loss == pytest.approx((0.7 * A + 0.3 * B).item(), rel=1e-4)
+    assert B > 0.1  # in the second step
+
+
 def test_gamma_and_narrow_sigmas_hold_the_weights(tmp_path):
     free = far(*run_of(tmp_path, "a", gamma=0.0, steps=12)[1:])
     held = far(*run_of(tmp_path, "b", gamma=0.999, steps=12)[1:])
@@ -318,14 +347,6 @@ def test_the_end_is_judged_on_the_same_images_at_steps_from_the_whole_range(tmp_
     assert all(torch.equal(a, b) for n, part in enumerate(probes) for a, b in zip(part, probes[n % 4]))
     t = torch.cat([t for _, t, _ in probes[:4]])
     assert t.min() == 200 and t.max() == 700 and t.diff().max() <= 4
-
-
-def test_natural_gradient_resumes_in_the_same_bits(tmp_path):
-    words = {"gamma": 0.5, "optimizer": "natural", "lr": 0.3}
-    _, before, whole = run_of(tmp_path, "whole", **words)
-    run_of(tmp_path, "halves", steps=3, **words)
-    _, _, resumed = run_of(tmp_path, "halves", steps=6, resume=True, **words)
-    assert same_bits(whole, resumed) and not same_bits(before, whole)
 
 
 def test_same_seed_same_bits_and_resume_ends_in_them(tmp_path):
@@ -795,3 +816,21 @@ def test_natural_gradient_goes_along_the_running_mean_of_the_gradients():
         places.append(theta.detach().clone())
     mean = torch.tensor([0.09, 0.1])  # 0.9 times a tenth of the first, and a tenth of the second
     torch.testing.assert_close(places[1] - places[0], -mean / mean.norm())
+
+
+def test_the_unlearned_network_is_the_one_that_is_shown_and_judged(tmp_path, monkeypatch):
+    asked, shown, judged = [], {}, []
+
+    def blank(sd, network, *_):
+        asked.append(network)
+        return lambda z, c, noise=None: torch.zeros(len(z), 3, 32, 32)
+
+    monkeypatch.setattr(vdu, "guided_sampler", blank)
+    monkeypatch.setattr(vdu, "evaluate_concept", lambda *_, **__: judged.append(asked[-1]) or {})
+    monkeypatch.setattr(vdu, "prompt_grid", lambda pictures, rows, path, *_: shown.update({path.stem: asked[-1]}))
+    monkeypatch.setattr(vdu, "table", str)
+    done = inside("vdu.py --preset tiny-sd --steps 1 --images 2 --batch-size 2 --device cpu --out out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    saved, shipped = load_unet(tmp_path / "out/unlearned.safetensors"), load_stable_diffusion("tiny-sd").unet
+    assert not same_bits(saved, shipped) and same_bits(shown["samples_before"], shipped)
+    assert same_bits(shown["samples_after"], saved) and same_bits(judged[0], saved)
