@@ -85,7 +85,7 @@ def test_the_shipped_model_still_draws_what_was_seen_of_it():
         pictures, _ = generate(guided_sampler(sd, sd.unet), c, sd.unet.image_shape, 0, "cpu")
     now, digits, colours = judge(pictures)
     assert [*zip(digits.tolist(), colours.tolist())] == list(PAIRS[:12])
-    assert (now - features).norm() < 0.1 * features.norm()
+    assert (now - features).norm() < 1e-3 * features.norm()  # guidance 4.4 in place of 4.5 would be 1.6e-3 away
 
 
 def test_at_least_95_of_100_pictures_of_the_shipped_model_are_what_they_should_be():
