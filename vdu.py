@@ -41,8 +41,8 @@ steps, and stop when the error on some of D_f has grown by a given factor.
 Glossary. Each label marks the line of code that implements it; (D1) to (D3) are in unet.py.
 
     unet, theta     theta       the network, begun at mu*
-    mean            mu*         the posterior of each weight, given all data: its mean, name -> tensor
-    variance        sigma*^2    and its variance, likewise
+    mean            mu*         the posterior mean of each weight, given all data, name -> tensor
+    variance        sigma*^2    its posterior variance, likewise
     x0              x_0 in D_f  an undesired image, (B, C, H, W), in [-1, 1]; with --sd its latent
     w               w_t         the weight of the error at step t in the bound                   (V3)
     A               A           plasticity inducer, minimised: minus the denoising error on D_f  (V3)

@@ -237,7 +237,7 @@ def test_bad_input_is_one_line_and_status_2(files, words, says, capsys, monkeypa
     assert exit.value.code == 2 and error.count("\n") == 1 and says in error
 
 
-def test_twenty_classes_are_twenty(files):
+def test_the_number_of_classes_is_the_checkpoints(files):
     torch.manual_seed(0)
     classifier = ResNet34(classes=20)
     write_tensors("twenty-classifier.safetensors", "classifier", classifier.state_dict(), network="ResNet34", config=classifier.config)
@@ -297,7 +297,7 @@ def test_crops_shift_and_flips_mirror():
     assert {abs(d) for dy, dx, _ in seen for d in (dy, dx)} == {0, 1, 2} and {f for *_, f in seen} == {True, False}
 
 
-def test_vdu_sends_whoever_has_no_statistics_to_eval(files, capsys):
+def test_vdu_refuses_a_classifier_without_statistics_and_names_eval(files, capsys):
     torch.manual_seed(0)
     variance = {name: torch.ones_like(p) for name, p in load_unet("unlearned.safetensors").named_parameters()}
     write_tensors("posterior.safetensors", "posterior", variance)

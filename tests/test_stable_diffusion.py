@@ -388,7 +388,7 @@ def test_the_schedule_agrees_with_diffusers(settings, folder):
     assert {k: written[k] for k in expected if k in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")}.items() <= expected.items()
 
 
-def test_a_schedule_without_a_name_is_not_written(sd, tmp_path):
+def test_a_schedule_that_is_neither_linear_nor_scaled_linear_is_not_written(sd, tmp_path):
     odd = StableDiffusion(sd.tokenizer, sd.text_encoder, sd.vae, sd.unet, VPSchedule(torch.full((10,), 0.1).cumsum(0) ** 3 / 2))
     with pytest.raises(ValueError, match="neither linear nor scaled linear"):
         save_stable_diffusion(odd, tmp_path / "odd")

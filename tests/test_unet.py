@@ -106,21 +106,11 @@ def test_conditioning_that_does_not_fit_is_refused(tiny):
         random_unet(num_classes=None)(x, t, torch.tensor([1]))
 
 
-class Peer:
-    """Steps a diffusers scheduler with our network, as its pipelines do."""
-
-    def __init__(self, name, **settings):
-        diffusers = pytest.importorskip("diffusers")
-        self.scheduler = getattr(diffusers, name)(
-            num_train_timesteps=1000,
-            beta_start=1e-4,
-            beta_end=0.02,
-            beta_schedule="linear",
-            clip_sample=True,
-            timestep_spacing="leading",
-            steps_offset=0,
-            **settings,
-        )
+def peer(name, **settings):
+    """A scheduler of diffusers, with our linear schedule and our choice of steps."""
+    diffusers = pytest.importorskip("diffusers")
+    return getattr(diffusers, name)(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
+                                    clip_sample=True, timestep_spacing="leading", steps_offset=0, **settings)
 
 
 @pytest.mark.parametrize("steps", [1, 7, 600, 1000])
@@ -138,7 +128,7 @@ def test_ddim_goes_evenly_from_the_noisiest_step_to_the_first(steps):
 
 @pytest.mark.parametrize("steps, eta", [(10, 0.0), (8, 0.0), (10, 1.0)])
 def test_ddim_is_that_of_diffusers(tiny, steps, eta):
-    scheduler = Peer("DDIMScheduler", set_alpha_to_one=True).scheduler
+    scheduler = peer("DDIMScheduler", set_alpha_to_one=True)
     scheduler.set_timesteps(steps)
     schedule, z, c = VPSchedule.linear(), torch.randn(2, 1, 28, 28), torch.tensor([3, 4])
     ours = ddim_sample(tiny, schedule, z, c, steps, eta, noise=indexed_noise(0, [0, 1]))
@@ -153,7 +143,7 @@ def test_ddim_is_that_of_diffusers(tiny, steps, eta):
 
 
 def test_ancestral_sampler_is_that_of_diffusers():
-    scheduler, schedule = Peer("DDPMScheduler", variance_type="fixed_small").scheduler, VPSchedule.linear()
+    scheduler, schedule = peer("DDPMScheduler", variance_type="fixed_small"), VPSchedule.linear()
     x0, x_t, t = torch.rand(2, 1, 28, 28), torch.randn(2, 1, 28, 28), 400
     # one step of the peer's posterior mean, against ours by a network that always predicts the noise that x0 implies
 
