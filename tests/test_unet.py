@@ -106,7 +106,7 @@ def test_conditioning_that_does_not_fit_is_refused(tiny):
         random_unet(num_classes=None)(x, t, torch.tensor([1]))
 
 
-def peer(name, **settings):
+def scheduler_of_diffusers(name, **settings):
     """A scheduler of diffusers, with our linear schedule and our choice of steps."""
     diffusers = pytest.importorskip("diffusers")
     return getattr(diffusers, name)(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
@@ -128,7 +128,7 @@ def test_ddim_goes_evenly_from_the_noisiest_step_to_the_first(steps):
 
 @pytest.mark.parametrize("steps, eta", [(10, 0.0), (8, 0.0), (10, 1.0)])
 def test_ddim_is_that_of_diffusers(tiny, steps, eta):
-    scheduler = peer("DDIMScheduler", set_alpha_to_one=True)
+    scheduler = scheduler_of_diffusers("DDIMScheduler", set_alpha_to_one=True)
     scheduler.set_timesteps(steps)
     schedule, z, c = VPSchedule.linear(), torch.randn(2, 1, 28, 28), torch.tensor([3, 4])
     ours = ddim_sample(tiny, schedule, z, c, steps, eta, noise=indexed_noise(0, [0, 1]))
@@ -143,7 +143,7 @@ def test_ddim_is_that_of_diffusers(tiny, steps, eta):
 
 
 def test_ancestral_sampler_is_that_of_diffusers():
-    scheduler, schedule = peer("DDPMScheduler", variance_type="fixed_small"), VPSchedule.linear()
+    scheduler, schedule = scheduler_of_diffusers("DDPMScheduler", variance_type="fixed_small"), VPSchedule.linear()
     x0, x_t, t = torch.rand(2, 1, 28, 28), torch.randn(2, 1, 28, 28), 400
     # one step of the peer's posterior mean, against ours by a network that always predicts the noise that x0 implies
 
