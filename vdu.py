@@ -220,8 +220,7 @@ def train(config, run, unet, variance, images, schedule, texts=None):
     variance = {name: v.to(run.device).clamp(min=config.sigma_floor**2) for name, v in variance.items()}  # sigma*^2
     pixels, weights = images[0].numel(), sum(v.numel() for v in variance.values())
     if config.optimizer == "natural":
-        in_order = [variance[name] for name, _ in unet.named_parameters()]
-        optimizer = NaturalGradient(unet.parameters(), in_order, lr=config.lr)
+        optimizer = NaturalGradient(unet.parameters(), [variance[name] for name, _ in unet.named_parameters()], config.lr)
     else:
         optimizer = torch.optim.Adam(unet.parameters(), lr=config.lr, fused=run.fused)
     at = run.prepare(copy.deepcopy(unet)) if config.plasticity == "tangent" else unet  # where (V3) is taken: mu*, theta
@@ -349,8 +348,8 @@ def check_flags(config):
         raise ValueError(f"--lr {config.lr} is a length in sigmas; Adam wants a rate, such as --lr 1e-5")
     if config.sd and config.classifier not in (Config.classifier, "none"):
         raise ValueError(f"--classifier {config.classifier}: with --sd it is {Config.classifier} or none")
-    for name in ("teacher", "eval_images") if config.sd else ():
-        if getattr(config, name) != getattr(Config, name):
+    for name in ("teacher", "eval_images"):
+        if config.sd and getattr(config, name) != getattr(Config, name):
             raise ValueError(f"--{name.replace('_', '-')} changes nothing with --sd; leave it out")
 
 
