@@ -220,7 +220,8 @@ def train(config, run, unet, variance, images, schedule, texts=None):
     variance = {name: v.to(run.device).clamp(min=config.sigma_floor**2) for name, v in variance.items()}  # sigma*^2
     pixels, weights = images[0].numel(), sum(v.numel() for v in variance.values())
     if config.optimizer == "natural":
-        optimizer = NaturalGradient(unet.parameters(), [variance[name] for name, _ in unet.named_parameters()], config.lr)
+        of_each = [variance[name] for name, _ in unet.named_parameters()]
+        optimizer = NaturalGradient(unet.parameters(), of_each, config.lr)
     else:
         optimizer = torch.optim.Adam(unet.parameters(), lr=config.lr, fused=run.fused)
     at = run.prepare(copy.deepcopy(unet)) if config.plasticity == "tangent" else unet  # where (V3) is taken: mu*, theta
