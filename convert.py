@@ -433,7 +433,8 @@ def main(config):
         unet, found = read(config, path)
         card = getattr(unet, "card", {"source": source.resolve().name} | found)  # ours keep their card
         if config.t_init not in (Config.t_init, card.get("t_init")):
-            raise ValueError(f"--t-init {config.t_init} is for the generator of a checkpoint list, which this is not")
+            what = f"its card says {card['t_init']}" if "t_init" in card else "this is none"
+            raise ValueError(f"--t-init {config.t_init} is for a one-step generator of a checkpoint list; {what}")
     with refusing(f"{out}: "):
         try:
             save_unet(unet, out, **card)

@@ -618,10 +618,10 @@ def test_files_that_are_no_checkpoints_are_refused(networks, tmp_path, capsys):
     line = refused(capsys, tmp_path / "generator.safetensors", out, "--t-init", "625")
     assert "its card says 300" in line and out.read_text() == "an older result"
     line = refused(capsys, tmp_path / "whole.pth", out, "--t-init", "625")
-    assert "--t-init 625 is for the generator of a checkpoint list" in line and out.read_text() == "an older result"
+    assert "--t-init 625 is for a one-step generator" in line and out.read_text() == "an older result"
     network = folder(tmp_path / "diffusers", SMALL, peer(SMALL).state_dict())
     line = refused(capsys, network, out, "--t-init", "625")
-    assert "--t-init 625 is for the generator of a checkpoint list" in line and out.read_text() == "an older result"
+    assert "--t-init 625 is for a one-step generator" in line and out.read_text() == "an older result"
     run(tmp_path / "whole.pth", out)  # and a success does replace it
     assert load_unet(out).num_classes == 10
 
