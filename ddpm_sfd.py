@@ -95,6 +95,8 @@ class Config:
     lr_generator: float = option(4e-4, "learning rate of theta; official: 1e-5", low=0)
     lr_fake_score: float = option(1.6e-3, "learning rate of psi; official: 1e-5, or 3e-5 in two stages and in plain "
                                   "distillation", low=0)
+    class_rate: float = option(1.0, "how many times as fast those weights of theta learn that read the class; with "
+                               "more, and a lower rate for the others, forgetting disturbs less; official: 1", low=0)
     lr_end: float = option(0.05, "share of both rates that is left at the end of a linear decay; official: 1, constant",
                            low=0, high=1)
     alpha: float = option(1.05, "alpha of (S3); official: 1.2")
@@ -210,6 +212,14 @@ def read_classes(config, num_classes):
 # ---------------------------------------------------------------------------- the loop
 
 
+def by_class(unet):
+    """The parameters that read the class label, and all others: two lists. For a label to mean another class only the
+    first need to change; what they steer, the strokes of all classes, is in the others."""
+    named = dict(unet.named_parameters())
+    reads = [name for name in named if "class_" in name or "emb_proj" in name]
+    return [named[name] for name in reads], [named[name] for name in named if name not in reads]
+
+
 def train(config, run, teacher, schedule, classes, judge=None, generator=None, fake_score=None):
     """SFD from `teacher`, which is not changed; returns the generator (theta's averaged weights) and the fake score.
 
@@ -225,7 +235,9 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
     ema = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     adam = dict(betas=(0.0, 0.999), eps=1e-8, fused=run.fused)
     optimizer_psi = torch.optim.Adam(fake_score.parameters(), lr=config.lr_fake_score, **adam)
-    optimizer_theta = torch.optim.Adam(generator.parameters(), lr=config.lr_generator, **adam)
+    reads, rest = by_class(generator)
+    groups = [{"params": rest}, {"params": reads, "lr": config.class_rate * config.lr_generator}]
+    optimizer_theta = torch.optim.Adam(groups, lr=config.lr_generator, **adam)
     decays = [linear_decay(optimizer, config.lr_end, config.steps) for optimizer in (optimizer_psi, optimizer_theta)]
     state = {"fake_score": fake_score, "generator": generator, "ema": ema, "optimizer_psi": optimizer_psi,
              "optimizer_theta": optimizer_theta, "decay_psi": decays[0], "decay_theta": decays[1]}

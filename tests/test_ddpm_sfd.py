@@ -274,13 +274,21 @@ def test_each_network_has_its_own_rate_and_lambda_and_both_are_clipped(tmp_path,
 
     monkeypatch.setattr(ddpm_sfd, "total", spy_on_total)
     monkeypatch.setattr(Run, "update", spy_on_update)
-    words = dict(lr_generator=1e-3, lr_fake_score=4e-3, lr_end=0.5, clip_value=0.7)
+    words = dict(lr_generator=1e-3, class_rate=3.0, lr_fake_score=4e-3, lr_end=0.5, clip_value=0.7)
     run, _ = trained(small(tmp_path, lambda_generator=3.0, lambda_fake_score=2.0, lambda_end=0.5, **words), tiny)
     assert lambdas == [(4, 2.0), (4, 3.0), (4, 1.5), (4, 2.25)]  # the second of two steps is half way down
     assert clips == [("loss_psi", 0.7), ("loss_theta", 0.7)] * 2
-    for name, lr in (("psi", 4e-3), ("theta", 1e-3)):
-        group = run.state[f"optimizer_{name}"].param_groups[0]
-        assert (group["initial_lr"], group["lr"]) == pytest.approx((lr, lr / 2)), name
+    groups = [*run.state["optimizer_psi"].param_groups, *run.state["optimizer_theta"].param_groups]
+    assert [(g["initial_lr"], g["lr"]) for g in groups] == [pytest.approx((lr, lr / 2)) for lr in (4e-3, 1e-3, 3e-3)]
+
+
+def test_only_what_reads_the_class_learns_at_the_class_rate(tmp_path, tiny):
+    """At a class rate of 0 exactly these weights stand still: the label table, its dense layers, each block's reader."""
+    before = copy.deepcopy(tiny.state_dict())
+    run, generator = trained(small(tmp_path, class_rate=0.0), tiny)
+    still = {k for k, v in generator.state_dict().items() if torch.equal(v, before[k])}
+    class_path = {k for k in before if k.startswith("class_") or ".emb_proj." in k}
+    assert still == class_path and len(class_path) > 6
 
 
 def test_the_result_is_the_weight_average_of_theta(tmp_path, tiny, monkeypatch):
@@ -451,7 +459,7 @@ def test_presets_carry_the_official_settings():
     """Those of the official code's CIFAR-10 run, and where its STL-10 run differs."""
     official = {"steps": 50_000, "batch_size": 128, "t_init": 440, "t_min": 38, "t_max": 712, "alpha": 1.2, "ema": 0.9999}
     official |= {"lambda_generator": 0.01, "lambda_fake_score": 0.01, "lr_generator": 1e-5, "lr_fake_score": 1e-5}
-    official |= {"forget_batch_size": 128, "clip_value": 1.0, "guidance": 1.0, "guidance_safe": 1.0}
+    official |= {"class_rate": 1.0, "forget_batch_size": 128, "clip_value": 1.0, "guidance": 1.0, "guidance_safe": 1.0}
     official |= {"lr_end": 1.0, "lambda_end": 1.0, "clip_images": "off", "classifier": "none", "init_generator": "none", "init_fake_score": "none"}
     cifar10 = vars(parse(Config, "", ddpm_sfd.PRESETS, ["--preset", "cifar10"]))
     assert official.items() <= cifar10.items()
