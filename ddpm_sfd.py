@@ -97,7 +97,7 @@ class Config:
                                   "distillation", low=0)
     class_rate: float = option(1.0, "how many times as fast those weights of theta learn that read the class; with "
                                "more, and a lower rate for the others, forgetting disturbs less; official: 1", low=0)
-    lr_end: float = option(0.05, "share of both rates that is left at the end of a linear decay; official: 1, constant",
+    lr_end: float = option(0.05, "share of all rates that is left at the end of a linear decay; official: 1, constant",
                            low=0, high=1)
     alpha: float = option(1.05, "alpha of (S3); official: 1.2")
     guidance: float = option(1.05, "k of (L1), the teacher's guidance; our choice; official: 1, none", low=0)
