@@ -93,10 +93,10 @@ class Config:
     batch_size: int = option(32, "images of retained classes a step, over all processes; official: 128", low=1)
     forget_batch_size: int = option(8, "images of forgotten classes a step; official: as many as retained ones", low=1)
     lr_generator: float = option(4e-4, "learning rate of theta; official: 1e-5", low=0)
-    lr_fake_score: float = option(1.6e-3, "learning rate of psi; official: 1e-5, or 3e-5 in two stages and in plain "
-                                  "distillation", low=0)
     class_rate: float = option(1.0, "how many times as fast those weights of theta learn that read the class; with "
                                "more, and a lower rate for the others, forgetting disturbs less; official: 1", low=0)
+    lr_fake_score: float = option(1.6e-3, "learning rate of psi; official: 1e-5, or 3e-5 in two stages and in plain "
+                                  "distillation", low=0)
     lr_end: float = option(0.05, "share of all rates that is left at the end of a linear decay; official: 1, constant",
                            low=0, high=1)
     alpha: float = option(1.05, "alpha of (S3); official: 1.2")
