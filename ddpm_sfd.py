@@ -63,15 +63,15 @@ from unet import VPSchedule, ddim_sample, guided_noise, save_unet
 
 ONE_STAGE = dict(init_generator="none", init_fake_score="none")  # theta and psi begin as copies of the teacher
 OFFICIAL = ONE_STAGE | dict(  # the settings of the official code's CIFAR-10 run
-    steps=50_000, batch_size=128, forget_batch_size=128, lr_generator=1e-5, lr_fake_score=1e-5, lr_end=1.0, alpha=1.2,
-    lambda_generator=0.01, lambda_fake_score=0.01, lambda_end=1.0, t_init=440, t_min=38, t_max=712, ema=0.9999,
-    clip_value=1.0, guidance=1.0, guidance_safe=1.0, clip_images="off", classifier="none",
+    steps=50_000, batch_size=128, forget_batch_size=128, lr_generator=1e-5, class_rate=1.0, lr_fake_score=1e-5,
+    lr_end=1.0, alpha=1.2, lambda_generator=0.01, lambda_fake_score=0.01, lambda_end=1.0, t_init=440, t_min=38,
+    t_max=712, ema=0.9999, clip_value=1.0, guidance=1.0, guidance_safe=1.0, clip_images="off", classifier="none",
 )
 PRESETS = {
     "mnist": {},  # the defaults below: two stages, the first of which is done; weights/mnist-distilled is what it left
     "mnist-one-stage": ONE_STAGE | dict(  # there is more to learn, hence larger rates; our choice, as the defaults are
-        lr_generator=5e-4, lr_fake_score=2e-3, lambda_generator=0.25, lambda_fake_score=0.25, lambda_end=1.0, alpha=1.2,
-        guidance=1.2, guidance_safe=1.7),
+        lr_generator=5e-4, class_rate=1.0, lr_fake_score=2e-3, lambda_generator=0.25, lambda_fake_score=0.25,
+        lambda_end=1.0, alpha=1.2, guidance=1.2, guidance_safe=1.7),
     "cifar10": OFFICIAL | dict(teacher="cifar10.safetensors"),
     "stl10": OFFICIAL | dict(teacher="stl10.safetensors", batch_size=64, forget_batch_size=64,
                              lr_fake_score=3e-5),
@@ -92,21 +92,21 @@ class Config:
     steps: int = option(300, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)
     batch_size: int = option(32, "images of retained classes a step, over all processes; official: 128", low=1)
     forget_batch_size: int = option(8, "images of forgotten classes a step; official: as many as retained ones", low=1)
-    lr_generator: float = option(4e-4, "learning rate of theta; official: 1e-5", low=0)
-    class_rate: float = option(1.0, "how many times as fast those weights of theta learn that read the class; with "
-                               "more, and a lower rate for the others, forgetting disturbs less; official: 1", low=0)
+    lr_generator: float = option(1e-4, "learning rate of theta; official: 1e-5", low=0)
+    class_rate: float = option(8.0, "how many times as fast those weights of theta learn that read the class: with a "
+                               "low rate for all others, forgetting disturbs less; our choice; official: 1", low=0)
     lr_fake_score: float = option(1.6e-3, "learning rate of psi; official: 1e-5, or 3e-5 in two stages and in plain "
                                   "distillation", low=0)
     lr_end: float = option(0.05, "share of all rates that is left at the end of a linear decay; official: 1, constant",
                            low=0, high=1)
     alpha: float = option(1.05, "alpha of (S3); official: 1.2")
     guidance: float = option(1.05, "k of (L1), the teacher's guidance; our choice; official: 1, none", low=0)
-    guidance_safe: float = option(2.0, "k of (L1) where the teacher is asked for the safe class; official: 1", low=0)
+    guidance_safe: float = option(1.5, "k of (L1) where the teacher is asked for the safe class; official: 1", low=0)
     lambda_generator: float = option(0.5, "lambda of (S5) for theta; with 0.25 each of the 32 + 8 images counts alike; "
                                      "official: 0.01", low=0)
     lambda_fake_score: float = option(0.5, "lambda of (S5) for psi; official: 0.01", low=0)
-    lambda_end: float = option(0.1, "share of both lambdas that is left at the end of a linear decay; our choice; "
-                               "official: 1, constant", low=0, high=1)
+    lambda_end: float = option(0.1, "share of both lambdas that is left at the end of an exponential decay; our "
+                               "choice; official: 1, constant", low=1e-6, high=1)
     t_init: int = option(440, "the noise level that the generator works at; official: 440", low=0, high=999)
     t_min: int = option(100, "first step t of (S2) and (S3); official: 38", low=0, high=999)
     t_max: int = option(712, "upper end of t in (S2) and (S3), exclusive; official: 712", low=1, high=1000)
@@ -250,7 +250,7 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
         return torch.randint(config.t_min, config.t_max, (len(x),), device=x.device), torch.randn_like(x)
 
     for step in run.loop(state, label="SFD"):
-        share = 1 - (1 - config.lambda_end) * step / config.steps  # of lambda: forget first, then mend what that cost
+        share = config.lambda_end ** (step / config.steps)  # of lambda: forget first, then mend what that cost
 
         # labels are drawn, images are the generator's own; retained and forgotten ones share one pass
         c, c_teacher = draw_labels(retained, forget, override, n_retained, n_forgotten)

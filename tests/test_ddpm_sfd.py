@@ -275,8 +275,8 @@ def test_each_network_has_its_own_rate_and_lambda_and_both_are_clipped(tmp_path,
     monkeypatch.setattr(ddpm_sfd, "total", spy_on_total)
     monkeypatch.setattr(Run, "update", spy_on_update)
     words = dict(lr_generator=1e-3, class_rate=3.0, lr_fake_score=4e-3, lr_end=0.5, clip_value=0.7)
-    run, _ = trained(small(tmp_path, lambda_generator=3.0, lambda_fake_score=2.0, lambda_end=0.5, **words), tiny)
-    assert lambdas == [(4, 2.0), (4, 3.0), (4, 1.5), (4, 2.25)]  # the second of two steps is half way down
+    run, _ = trained(small(tmp_path, lambda_generator=3.0, lambda_fake_score=2.0, lambda_end=0.25, **words), tiny)
+    assert lambdas == [(4, 2.0), (4, 3.0), (4, 1.0), (4, 1.5)]  # the second of two steps is half way down to a quarter
     assert clips == [("loss_psi", 0.7), ("loss_theta", 0.7)] * 2
     groups = [*run.state["optimizer_psi"].param_groups, *run.state["optimizer_theta"].param_groups]
     assert [(g["initial_lr"], g["lr"]) for g in groups] == [pytest.approx((lr, lr / 2)) for lr in (4e-3, 1e-3, 3e-3)]
