@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, inside, python, random_unet, write_mnist
+from conftest import ROOT, column, inside, python, random_unet, tensors, write_mnist
 
 import ddpm_sfd
 from ddpm_sfd import Config, draw_labels, fake_score_loss, generator_loss, one_step, read_classes, total, train
@@ -41,14 +41,6 @@ def case(seed=0, B=4):
     x, noise = g.normal(size=(2, B, 2, 3, 3))
     t, c, c_safe = g.integers(20, 712, B), g.integers(0, 10, B), g.integers(0, 10, B)
     return x, noise, t, c, c_safe
-
-
-def tensors(*arrays):
-    return [torch.from_numpy(np.asarray(a)) for a in arrays]
-
-
-def column(v):
-    return v[:, None, None, None]
 
 
 def test_one_step_is_the_formula():  # (S1)

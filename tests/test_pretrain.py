@@ -9,7 +9,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, inside, python, random_unet, write_mnist
+from conftest import ROOT, inside, python, random_unet
 
 import ddpm_sfd
 import pretrain
@@ -20,17 +20,6 @@ from record import checksum
 from run import Run, parse
 from unet import UNet, VPSchedule, load_unet, save_unet, write_tensors
 from vdu import read_posterior
-
-
-@pytest.fixture
-def data(tmp_path):
-    """MNIST's files as torchvision lays them out, with four images a class: a bar whose place tells the digit."""
-    labels = np.arange(40, dtype=np.uint8) % 10
-    images = np.random.default_rng(0).integers(0, 60, (40, 28, 28)).astype(np.uint8)
-    for image, label in zip(images, labels):
-        image[:, 2 * label + 4 : 2 * label + 7] = 255
-    write_mnist(tmp_path / "data", images, labels, test=slice(0, 20))
-    return tmp_path / "data"
 
 
 def test_the_test_split_is_another_set_of_images(data, monkeypatch):

@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, inside, python, random_unet
+from conftest import ROOT, column, inside, python, random_unet, tensors
 from conftest import SMALL_TEXT as SMALL
 
 import ddpm_sfd
@@ -48,14 +48,6 @@ def case(seed=0, B=4):
     g = np.random.default_rng(seed)
     x, noise = g.normal(size=(2, B, 2, 3, 3))
     return x, noise, g.integers(20, 980, B), *g.normal(size=(3, B, 5, 6)), g.normal(size=(1, 5, 6))
-
-
-def tensors(*arrays):
-    return [torch.from_numpy(np.asarray(a)) for a in arrays]
-
-
-def column(v):
-    return v[:, None, None, None]
 
 
 def test_fake_score_loss_is_the_formula_of_the_guided_prediction():  # (S2), (L1)

@@ -7,7 +7,6 @@ import types
 import pytest
 import torch
 from conftest import ROOT, inside
-from test_pretrain import data  # noqa: F401 (a fixture)
 
 import pretrain
 import tiny_sd
@@ -21,14 +20,14 @@ from unet import read_tensors
 from vdu import read_posterior
 
 
-def run_of(tmp_path, name, data, **words):  # noqa: F811
+def run_of(tmp_path, name, data, **words):
     settings = dict(what="tiny-sd", data=str(data), steps=2, batch_size=4, amp="off", device="cpu", lr_down=0.4,
                     out=str(tmp_path / name), per_pair=1)
     config = pretrain.Config(**settings | words)
     return config, Run(config, "")
 
 
-def test_the_commands_make_a_folder_in_the_hubs_layout(tmp_path, data, monkeypatch):  # noqa: F811
+def test_the_commands_make_a_folder_in_the_hubs_layout(tmp_path, data, monkeypatch):
     done = inside(f"pretrain.py tiny-sd-autoencoder --data {data} --steps 3 --batch-size 4 --out a", tmp_path)
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(tiny_sd, "STEPS", 2)
@@ -43,7 +42,7 @@ def test_the_commands_make_a_folder_in_the_hubs_layout(tmp_path, data, monkeypat
     assert facts["sampler"] == "DDIM, 2 steps, guidance 4.5"
 
 
-def test_the_scaling_factor_brings_latents_to_unit_variance(tmp_path, data):  # noqa: F811
+def test_the_scaling_factor_brings_latents_to_unit_variance(tmp_path, data):
     config, run = run_of(tmp_path, "a", data, steps=8)
     vae = tiny_sd.train_autoencoder(config, run)
     latents, pairs = tiny_sd.encode_twice(vae, *tiny_sd.mnist(str(data), train=True), "cpu")
@@ -54,7 +53,7 @@ def test_the_scaling_factor_brings_latents_to_unit_variance(tmp_path, data):  # 
     assert torch.equal(digits, torch.arange(80) % 10)  # the digit that was painted is the digit that is asked for
 
 
-def test_resuming_does_not_depend_on_what_was_encoded(tmp_path, data):  # noqa: F811
+def test_resuming_does_not_depend_on_what_was_encoded(tmp_path, data):
     vae = tiny_sd.Autoencoder(**tiny_sd.AUTOENCODER | {"scaling_factor": 1.0})
     expected = tiny_sd.train(*run_of(tmp_path, "whole", data), vae)
     config, run = run_of(tmp_path, "part", data, save_every=1)
@@ -132,7 +131,7 @@ def test_the_guided_sampler_asks_the_network_that_it_is_given(monkeypatch):
     assert (steps, eta, guidance, x0_clip) == (7, 0.5, 2.0, False) and torch.equal(null, sd.embed([""]))
 
 
-def test_each_latent_is_trained_under_a_prompt_of_its_pair_or_none(tmp_path, data, monkeypatch):  # noqa: F811
+def test_each_latent_is_trained_under_a_prompt_of_its_pair_or_none(tmp_path, data, monkeypatch):
     """Stand-in pictures say in two numbers which digit and which colour they are of."""
     config, run = run_of(tmp_path, "a", data, batch_size=1000)
     digits = torch.arange(40) % 10
@@ -151,7 +150,7 @@ def test_each_latent_is_trained_under_a_prompt_of_its_pair_or_none(tmp_path, dat
     assert abs(loss.item() - 1) < 0.2  # of no prediction at all: the noise's own square
 
 
-def test_the_posterior_belongs_to_the_shipped_unet_and_no_other(tmp_path, data):  # noqa: F811
+def test_the_posterior_belongs_to_the_shipped_unet_and_no_other(tmp_path, data):
     done = inside(f"pretrain.py tiny-sd-posterior --data {data} --steps 2 --checkpoints 2 --batch-size 4 --out out", tmp_path)
     assert done.returncode == 0, done.stderr
     unet, file = load_stable_diffusion("tiny-sd").unet, tmp_path / "out/posterior.safetensors"

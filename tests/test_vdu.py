@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL_TEXT, inside, python, random_unet, write_cifar10, write_mnist
+from conftest import ROOT, SMALL_TEXT, column, inside, python, random_unet, write_cifar10, write_mnist
 from test_convert import CIFAR10, peer
 from torchvision.io import write_png
 
@@ -37,10 +37,6 @@ from vdu import (
 SCHEDULE = VPSchedule.linear()
 BETA = np.linspace(1e-4, 0.02, 1000)
 ABAR = np.cumprod(1 - BETA)
-
-
-def column(v):
-    return v[:, None, None, None]
 
 
 def network(x, t):
