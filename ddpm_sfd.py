@@ -41,6 +41,7 @@ Glossary. Each label marks the line of code that implements it; (D1) to (D3) and
     alpha               alpha      the weight of what (S3) subtracts, see `generator_loss`           (S3)
     w                   w          the generator loss's weight, one for each image                   (S4)
     lambda_*            lambda     the weight of the forgotten class beside the retained ones; may fall (S5)
+    class_rate                     our addition: these weights of theta learn that much faster, see `by_class`
 
 Tensors are images (B, C, H, W) in [-1, 1], steps t (B,) in 0..999 and labels (B,).
 """
@@ -93,7 +94,7 @@ class Config:
     batch_size: int = option(32, "images of retained classes a step, over all processes; official: 128", low=1)
     forget_batch_size: int = option(8, "images of forgotten classes a step; official: as many as retained ones", low=1)
     lr_generator: float = option(1e-4, "learning rate of theta; official: 1e-5", low=0)
-    class_rate: float = option(8.0, "how many times as fast those weights of theta learn that read the class: with a "
+    class_rate: float = option(8.0, "rate of theta's weights that read the class, in units of --lr-generator; with a "
                                "low rate for all others, forgetting disturbs less; our choice; official: 1", low=0)
     lr_fake_score: float = option(1.6e-3, "learning rate of psi; official: 1e-5, or 3e-5 in two stages and in plain "
                                   "distillation", low=0)
@@ -102,9 +103,9 @@ class Config:
     alpha: float = option(1.05, "alpha of (S3); official: 1.2")
     guidance: float = option(1.05, "k of (L1), the teacher's guidance; our choice; official: 1, none", low=0)
     guidance_safe: float = option(1.5, "k of (L1) where the teacher is asked for the safe class; official: 1", low=0)
-    lambda_generator: float = option(0.5, "lambda of (S5) for theta; with 0.25 each of the 32 + 8 images counts alike; "
-                                     "official: 0.01", low=0)
-    lambda_fake_score: float = option(0.5, "lambda of (S5) for psi; official: 0.01", low=0)
+    lambda_generator: float = option(0.5, "lambda of (S5) for theta, at first; with 0.25 each of the 32 + 8 images "
+                                     "counts alike; official: 0.01", low=0)
+    lambda_fake_score: float = option(0.5, "lambda of (S5) for psi, at first; official: 0.01", low=0)
     lambda_end: float = option(0.1, "share of both lambdas that is left at the end of an exponential decay; our "
                                "choice; official: 1, constant", low=1e-6, high=1)
     t_init: int = option(440, "the noise level that the generator works at; official: 440", low=0, high=999)
@@ -213,8 +214,9 @@ def read_classes(config, num_classes):
 
 
 def by_class(unet):
-    """The parameters that read the class label, and all others: two lists. For a label to mean another class only the
-    first need to change; what they steer, the strokes of all classes, is in the others."""
+    """The parameters that read the class label, and all others: two lists. The first are the label table, its dense
+    layers, and each block's projection of time and class; of MNIST's network a tenth. For a label to mean another class
+    mainly these have to change; the others draw the strokes of all classes."""
     named = dict(unet.named_parameters())
     reads = [name for name in named if "class_" in name or "emb_proj" in name]
     return [named[name] for name in reads], [named[name] for name in named if name not in reads]
@@ -250,7 +252,7 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
         return torch.randint(config.t_min, config.t_max, (len(x),), device=x.device), torch.randn_like(x)
 
     for step in run.loop(state, label="SFD"):
-        share = config.lambda_end ** (step / config.steps)  # of lambda: forget first, then mend what that cost
+        share = config.lambda_end ** (step / config.steps)  # of lambda, from 1: forget first, then mend what that cost
 
         # labels are drawn, images are the generator's own; retained and forgotten ones share one pass
         c, c_teacher = draw_labels(retained, forget, override, n_retained, n_forgotten)

@@ -155,7 +155,9 @@ def side_by_side(sets):
         runs = [run for run in runs if (*run["forget"], run["seed"]) in common]
         config, (ratios, ua, accuracy, fid, all_three) = runs[0]["config"], aims(runs)
         uas, accuracies = [100 * run["ua"] for run in runs], [100 * run["retained_accuracy"] for run in runs]
-        lines.append(f"| {name} | {config['steps']} | {config['lr_generator']:g}, {config['lr_fake_score']:g} "
+        theta, class_rate = config["lr_generator"], config.get("class_rate", 1)  # runs from before it was an option: 1
+        rates = f"{theta:g}" + f" ({theta * class_rate:g} for what reads the class)" * (class_rate != 1)
+        lines.append(f"| {name} | {config['steps']} | {rates}, {config['lr_fake_score']:g} "
                      f"| {config['alpha']:g} | {config['guidance']:g}; {config['guidance_safe']:g} "
                      f"| {lambdas(config, 'lambda_generator')} | {len(runs)} "
                      f"| {ua} ({mean(uas):.1f}%, {min(uas):.1f}%) | {accuracy} ({mean(accuracies):.1f}%) "
@@ -169,14 +171,15 @@ def processor(run):
 
 def stages():
     """From the teacher or in two stages."""
-    return side_by_side({"two stages, the default": "ddpm_sfd-mnist", "one stage, from the teacher": "ddpm_sfd-mnist-one-stage",
+    return side_by_side({"two stages": "ddpm_sfd-mnist-earlier", "one stage, from the teacher": "ddpm_sfd-mnist-one-stage",
                          "the same on another machine": "ddpm_sfd-mnist-one-stage-intel",
-                         "one stage, guidance of the default": "ddpm_sfd-mnist-one-stage-guidance-1.05"})
+                         "one stage, guidance of two stages": "ddpm_sfd-mnist-one-stage-guidance-1.05"})
 
 
 def thirty():
-    """Every digit with three seeds, at the default and with alpha 1."""
-    return side_by_side({"the default": "ddpm_sfd-mnist", "alpha 1": "ddpm_sfd-mnist-alpha-1"})
+    """Every digit with three seeds, at the default, the earlier default and alpha 1."""
+    return side_by_side({"the default": "ddpm_sfd-mnist", "the earlier default": "ddpm_sfd-mnist-earlier",
+                         "alpha 1": "ddpm_sfd-mnist-alpha-1"})
 
 
 def alphas():
@@ -184,7 +187,7 @@ def alphas():
     trials = json.loads((HERE / "trials-wider.json").read_text())["from_the_pair_that_ships"]
     sets = [("1; 1.1; 1.7", [run for run in read("ddpm_sfd-mnist-alpha-1") if run["seed"] == 1]),
             ("1; 1.1; 1.7", read("ddpm_sfd-mnist-alpha-1-avx2")),
-            ("**1.05; 1.05; 2**", [run for run in read("ddpm_sfd-mnist") if run["seed"] == 1]),
+            ("**1.05; 1.05; 2**", [run for run in read("ddpm_sfd-mnist-earlier") if run["seed"] == 1]),
             ("**1.05; 1.05; 2**", read("ddpm_sfd-mnist-avx2")),
             ("1.1; 1.05; 2 (A)", [run for run in trials if "ua" in run]),
             ("1.1; 1.05; 2 (A)", read("ddpm_sfd-mnist-alpha-1.1-avx2"))]
