@@ -41,7 +41,7 @@ Glossary. Each label marks the line of code that implements it; (D1) to (D3) and
     alpha               alpha      the weight of what (S3) subtracts, see `generator_loss`           (S3)
     w                   w          the generator loss's weight, one for each image                   (S4)
     lambda_*            lambda     the weight of the forgotten class beside the retained ones; may fall (S5)
-    class_rate                     our addition: these weights of theta learn that much faster, see `by_class`
+    class_rate                     our addition: in theta, what reads the class learns that much faster, see `by_class`
 
 Tensors are images (B, C, H, W) in [-1, 1], steps t (B,) in 0..999 and labels (B,).
 """
