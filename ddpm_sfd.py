@@ -20,8 +20,8 @@ its own images. Two networks take turns:
     2. the generator moves its images to where the teacher's score and the fake score agree.
 
 In one-stage SFD both begin as copies of the teacher, and distilling and forgetting go together. In two-stage SFD, the
-default here, both begin where a one-stage run without a forgotten class ended (that pair is in weights/), and only
-forgetting remains. The training steps are the same.
+default here, both begin where runs without a forgotten class ended (that pair is in weights/), and only forgetting
+remains. The training steps are the same.
 
 Where the two scores agree, the generator draws what the teacher would have drawn: for a retained class the class
 itself, for a forgotten class the safe one. (With guidance k > 1 this holds only nearly, as guided scores at different t
@@ -66,13 +66,14 @@ ONE_STAGE = dict(init_generator="none", init_fake_score="none")  # theta and psi
 OFFICIAL = ONE_STAGE | dict(  # the settings of the official code's CIFAR-10 run
     steps=50_000, batch_size=128, forget_batch_size=128, lr_generator=1e-5, class_rate=1.0, lr_fake_score=1e-5,
     lr_end=1.0, alpha=1.2, lambda_generator=0.01, lambda_fake_score=0.01, lambda_end=1.0, t_init=440, t_min=38,
-    t_max=712, ema=0.9999, clip_value=1.0, guidance=1.0, guidance_safe=1.0, clip_images="off", classifier="none",
+    t_max=712, ema=0.9999, ema_fake_score=0.0, clip_value=1.0, guidance=1.0, guidance_safe=1.0, clip_images="off",
+    classifier="none",
 )
 PRESETS = {
     "mnist": {},  # the defaults below: two stages, the first of which is done; weights/mnist-distilled is what it left
     "mnist-one-stage": ONE_STAGE | dict(  # there is more to learn, hence larger rates; our choice, as the defaults are
         lr_generator=5e-4, class_rate=1.0, lr_fake_score=2e-3, lambda_generator=0.25, lambda_fake_score=0.25,
-        lambda_end=1.0, alpha=1.2, guidance=1.2, guidance_safe=1.7),
+        lambda_end=1.0, alpha=1.2, guidance=1.2, guidance_safe=1.7, t_min=100, ema_fake_score=0.0),
     "cifar10": OFFICIAL | dict(teacher="cifar10.safetensors"),
     "stl10": OFFICIAL | dict(teacher="stl10.safetensors", batch_size=64, forget_batch_size=64,
                              lr_fake_score=3e-5),
@@ -93,8 +94,8 @@ class Config:
     steps: int = option(300, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)
     batch_size: int = option(32, "images of retained classes a step, over all processes; official: 128", low=1)
     forget_batch_size: int = option(8, "images of forgotten classes a step; official: as many as retained ones", low=1)
-    lr_generator: float = option(1e-4, "learning rate of theta; official: 1e-5", low=0)
-    class_rate: float = option(8.0, "rate of theta's weights that read the class, in units of --lr-generator; with a "
+    lr_generator: float = option(5e-5, "learning rate of theta (see --class-rate); official: 1e-5", low=0)
+    class_rate: float = option(16.0, "rate of theta's weights that read the class, in units of --lr-generator; with a "
                                "low rate for all others, forgetting disturbs less; our choice; official: 1", low=0)
     lr_fake_score: float = option(1.6e-3, "learning rate of psi; official: 1e-5, or 3e-5 in two stages and in plain "
                                   "distillation", low=0)
@@ -109,9 +110,11 @@ class Config:
     lambda_end: float = option(0.1, "share of both lambdas that is left at the end of an exponential decay; our "
                                "choice; official: 1, constant", low=1e-6, high=1)
     t_init: int = option(440, "the noise level that the generator works at; official: 440", low=0, high=999)
-    t_min: int = option(100, "first step t of (S2) and (S3); official: 38", low=0, high=999)
+    t_min: int = option(200, "first step t of (S2) and (S3); official: 38", low=0, high=999)
     t_max: int = option(712, "upper end of t in (S2) and (S3), exclusive; official: 712", low=1, high=1000)
     ema: float = option(0.98, "decay of theta's weight average, the result; official: 0.9999", low=0, high=1)
+    ema_fake_score: float = option(0.9, "decay of psi's weight average, the f_psi of (S3), as psi itself swings from "
+                                   "step to step; our choice; official: 0, psi itself", low=0, high=1)
     clip_value: float = option(1.0, "each gradient entry is clipped to +-this; 0: not; official: 1", low=0)
     clip_images: str = option("on", "clip x_g to [-1, 1] before the scores see it, as is done anyway to show it; "
                               "our choice; official: off", choices=["on", "off"])
@@ -232,17 +235,20 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
     n_forgotten = config.forget_batch_size // run.world if len(forget) else 0
 
     teacher = run.prepare(teacher.eval().requires_grad_(False))  # phi
-    fake_score = run.prepare((fake_score or copy.deepcopy(teacher)).requires_grad_(True))  # psi
-    generator = run.prepare((generator or copy.deepcopy(teacher)).requires_grad_(True))  # theta
+    fake_score = run.prepare((fake_score or copy.deepcopy(teacher)).train().requires_grad_(True))  # psi
+    generator = run.prepare((generator or copy.deepcopy(teacher)).train().requires_grad_(True))  # theta
     ema = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    ema_fake_score = AveragedModel(fake_score, multi_avg_fn=get_ema_multi_avg_fn(config.ema_fake_score))
+    ema_fake_score.eval().requires_grad_(False)  # as the teacher: only asked, without dropout
     adam = dict(betas=(0.0, 0.999), eps=1e-8, fused=run.fused)
     optimizer_psi = torch.optim.Adam(fake_score.parameters(), lr=config.lr_fake_score, **adam)
     reads, rest = by_class(generator)
     groups = [{"params": rest}, {"params": reads, "lr": config.class_rate * config.lr_generator}]
     optimizer_theta = torch.optim.Adam(groups, lr=config.lr_generator, **adam)
     decays = [linear_decay(optimizer, config.lr_end, config.steps) for optimizer in (optimizer_psi, optimizer_theta)]
-    state = {"fake_score": fake_score, "generator": generator, "ema": ema, "optimizer_psi": optimizer_psi,
-             "optimizer_theta": optimizer_theta, "decay_psi": decays[0], "decay_theta": decays[1]}
+    state = {"fake_score": fake_score, "generator": generator, "ema": ema, "ema_fake_score": ema_fake_score,
+             "optimizer_psi": optimizer_psi, "optimizer_theta": optimizer_theta, "decay_psi": decays[0],
+             "decay_theta": decays[1]}
     parallel_fake_score, parallel_generator = run.parallel(fake_score), run.parallel(generator)
     k = torch.tensor([config.guidance] * n_retained + [config.guidance_safe] * n_forgotten, device=run.device)
     k = k.view(-1, 1, 1, 1) if (k != 1).any() else 1  # a k for each image, or none at all
@@ -257,26 +263,24 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
         # labels are drawn, images are the generator's own; retained and forgotten ones share one pass
         c, c_teacher = draw_labels(retained, forget, override, n_retained, n_forgotten)
         z = torch.randn(len(c), *teacher.image_shape, device=run.device)
-        generator.train()
         with run.autocast():
             x_g = one_step(parallel_generator, z, c, schedule, config.t_init)  # (S1)
         if config.clip_images == "on":  # as it will be shown; else black stays grainy. No gradient outside [-1, 1]
             x_g = x_g.clamp(-1, 1)
 
         # 1. the fake score learns the generator's distribution
-        fake_score.train().requires_grad_(True)
         t, noise = draw_t_and_noise(x_g)
         with run.autocast():
             loss = fake_score_loss(parallel_fake_score, x_g.detach(), t, c, noise, schedule)  # (S2)
         loss_psi = total(loss, n_retained, share * config.lambda_fake_score)  # (S5)
         run.update("loss_psi", loss_psi, fake_score, optimizer_psi, config.clip_value)
+        ema_fake_score.update_parameters(fake_score)
 
-        # 2. the generator moves to where teacher and fake score agree; both stand still, without dropout
-        fake_score.eval().requires_grad_(False)
+        # 2. the generator moves to where teacher and fake score agree; both stand still
         t, noise = draw_t_and_noise(x_g)
         with run.autocast():
             loss = generator_loss(
-                guided_teacher, fake_score, x_g, t, c_teacher, c, noise, schedule, config.alpha)  # (S3)
+                guided_teacher, ema_fake_score, x_g, t, c_teacher, c, noise, schedule, config.alpha)  # (S3)
         loss_theta = total(loss, n_retained, share * config.lambda_generator)  # (S5)
         run.update("loss_theta", loss_theta, generator, optimizer_theta, config.clip_value)
         ema.update_parameters(generator)

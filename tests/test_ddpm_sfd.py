@@ -477,7 +477,7 @@ def test_the_main_job_forgets_and_opens_no_data(tmp_path):
     write_mnist(tmp_path / "data", np.zeros((10, 28, 28), np.uint8), np.arange(10, dtype=np.uint8))  # it lies there
     script = tmp_path / "watched.py"
     script.write_text(WATCHED.format(log=str(tmp_path / "opened"), root=str(ROOT)))
-    command = f"{script} --forget 3 --override 5 --steps 12 --batch-size 8 --forget-batch-size 8 --lambda-generator 4 --lr-generator 1.5e-3 --lr-end 0.3 --ema 0.7 --eval-images 20 --out out"
+    command = f"{script} --forget 3 --override 5 --steps 12 --batch-size 8 --forget-batch-size 8 --lambda-generator 4 --lr-generator 1.5e-3 --class-rate 8 --lr-end 0.3 --ema 0.7 --eval-images 20 --out out"
     process = python(command, tmp_path)
     assert process.returncode == 0, process.stderr
     out = tmp_path / "out"
