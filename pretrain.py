@@ -1,7 +1,7 @@
 """Trains what ships in weights/, in this order, and the teachers of CIFAR-10 and STL-10, which do not:
 
     python pretrain.py mnist-classifier    # the classifier that the metrics use
-    python pretrain.py mnist               # the class-conditional teacher
+    python pretrain.py mnist               # the class-conditional teacher: the first of three runs, all on its card
     python pretrain.py mnist-unconditional # where the unconditional ones start: the teacher above without its classes
     python pretrain.py mnist-posterior     # K networks trained from there: their mean is the unconditional teacher
     python pretrain.py mnist-statistics    # what the metrics compare with: real images, and the teachers'
@@ -16,8 +16,9 @@ Each leaves its files in runs/pretrain-<what>/, with a card (.json) that says ho
 Copy what ships to weights/ before the next command: the files of mnist-classifier, mnist, mnist-posterior and
 mnist-statistics, the folder tiny-sd, and into it the files of tiny-sd-posterior. mnist-unconditional and
 tiny-sd-autoencoder stay in runs/, where the next command finds them. mnist-distilled and its fake score are written by
-`ddpm_sfd.py --preset mnist-one-stage --forget none`; their cards give the command, and a new mnist teacher needs a
-new pair. Data sets are read from --data; torchvision downloads any that are missing there.
+`ddpm_sfd.py --forget none`, first with `--preset mnist-one-stage`, then from what that left; their cards give both
+commands, and a new mnist teacher needs a new pair. Data sets are read from --data; torchvision downloads any that are
+missing there.
 """
 
 import copy
