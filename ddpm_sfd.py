@@ -42,6 +42,7 @@ Glossary. Each label marks the line of code that implements it; (D1) to (D3) and
     w                   w          the generator loss's weight, one for each image                   (S4)
     lambda_*            lambda     the weight of the forgotten class beside the retained ones; may fall (S5)
     class_rate                     our addition: in theta, what reads the class learns that much faster, see `by_class`
+    ema_fake_score                 our addition: an average of psi's weights along the run, which predicts f_psi in (S3)
 
 Tensors are images (B, C, H, W) in [-1, 1], steps t (B,) in 0..999 and labels (B,).
 """
@@ -239,7 +240,7 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
     generator = run.prepare((generator or copy.deepcopy(teacher)).train().requires_grad_(True))  # theta
     ema = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     ema_fake_score = AveragedModel(fake_score, multi_avg_fn=get_ema_multi_avg_fn(config.ema_fake_score))
-    ema_fake_score.eval().requires_grad_(False)  # as the teacher: only asked, without dropout
+    run.prepare(ema_fake_score.eval().requires_grad_(False))  # as the teacher: only asked, without dropout
     adam = dict(betas=(0.0, 0.999), eps=1e-8, fused=run.fused)
     optimizer_psi = torch.optim.Adam(fake_score.parameters(), lr=config.lr_fake_score, **adam)
     reads, rest = by_class(generator)

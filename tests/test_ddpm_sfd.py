@@ -227,6 +227,20 @@ def test_fake_score_is_still_while_the_generator_moves(tmp_path, tiny, monkeypat
     assert seen == [(False, False, False, True)] * 2
 
 
+def test_with_compile_every_network_that_is_called_is_compiled(tmp_path, tiny, monkeypatch):
+    called, compiled = set(), []
+
+    def spy(guided_teacher, fake_score, *rest):
+        called.update((*guided_teacher.args, fake_score, run.state["fake_score"], run.state["generator"]))
+        return generator_loss(guided_teacher, fake_score, *rest)
+
+    monkeypatch.setattr(ddpm_sfd, "generator_loss", spy)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(network))
+    run = Run(small(tmp_path, compile=True), "unused")
+    train(run.config, run, tiny, SCHEDULE, read_classes(run.config, 10))
+    assert len(called) == 4 and called == set(compiled)
+
+
 def test_what_each_update_is_given(tmp_path, tiny, monkeypatch):
     """One batch of images, with dropout in the network that is trained; steps t in their range, and noise, drawn anew
     for the second update."""
@@ -295,6 +309,25 @@ def test_the_result_is_the_weight_average_of_theta(tmp_path, tiny, monkeypatch):
     for k, v in generator.state_dict().items():
         expected = 0.75 * (0.75 * thetas[0][k] + 0.25 * thetas[1][k]) + 0.25 * thetas[2][k]
         torch.testing.assert_close(v, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0.75, 0.0])
+def test_the_generator_asks_the_weight_average_of_psi(tmp_path, tiny, monkeypatch, decay):
+    """With decay 0 that is psi itself. What a run returns, and saves, is psi, not its average."""
+    asked, psi = [], []
+
+    def spy(guided_teacher, fake_score, *rest):
+        asked.append({k.removeprefix("module."): v.clone() for k, v in fake_score.state_dict().items()})
+        psi.append(copy.deepcopy(run.state["fake_score"].state_dict()))
+        return generator_loss(guided_teacher, fake_score, *rest)
+
+    monkeypatch.setattr(ddpm_sfd, "generator_loss", spy)
+    run = Run(small(tmp_path, steps=3, ema_fake_score=decay), "unused")
+    _, fake_score = train(run.config, run, tiny, SCHEDULE, read_classes(run.config, 10))
+    for k, v in fake_score.state_dict().items():
+        expected = decay * (decay * psi[0][k] + (1 - decay) * psi[1][k]) + (1 - decay) * psi[2][k]
+        torch.testing.assert_close(asked[2][k], expected, rtol=0, atol=1e-6 if decay else 0)
+        assert torch.equal(v, psi[2][k])
 
 
 def test_the_live_ua_is_of_the_forgotten_images_just_drawn(tmp_path, tiny):

@@ -41,7 +41,7 @@ def wait_for(condition, seconds=120):
 
 
 def test_resume_after_kill_and_after_interrupt_ends_in_the_same_bits(tmp_path, tiny_file, few_calls):
-    command = f"{SFD} --teacher {tiny_file} --steps 20 --save-every 4"
+    command = f"{SFD} --teacher {tiny_file} --ema-fake-score 0.9 --steps 20 --save-every 4"
     whole = inside(f"{command} --out whole", tmp_path)
     assert whole.returncode == 0, whole.stderr
 
