@@ -71,7 +71,7 @@ def all_classes():
         return (
             f"| {name} | {spread(ua, '{:.2f}')} ({min(ua):.2f}) "
             f"| {spread(accuracy, '{:.2f}')} ({min(accuracy):.2f}) | {mean(teacher):.2f} "
-            f"| {spread(fid, '{:.3f}')} ({max(fid):.3f}) | {mean(teacher_fid):.3f} "
+            f"| {spread(fid, '{:.4f}')} ({max(fid):.4f}) | {mean(teacher_fid):.4f} "
             f"| {max(a / b for a, b in zip(fid, teacher_fid)):.2f} | {spread(took, '{:.0f}')} |"
         )
 
@@ -156,7 +156,7 @@ def side_by_side(sets):
         config, (ratios, ua, accuracy, fid, all_three) = runs[0]["config"], aims(runs)
         uas, accuracies = [100 * run["ua"] for run in runs], [100 * run["retained_accuracy"] for run in runs]
         theta, class_rate = config["lr_generator"], config.get("class_rate", 1)  # runs from before it was an option: 1
-        rates = f"{theta:g}" + f" ({theta * class_rate:g} for what reads the class)" * (class_rate != 1)
+        rates = f"{theta:.5f}".rstrip("0") + f" ({theta * class_rate:g} for what reads the class)" * (class_rate != 1)
         lines.append(f"| {name} | {config['steps']} | {rates}, {config['lr_fake_score']:g} "
                      f"| {config['alpha']:g} | {config['guidance']:g}; {config['guidance_safe']:g} "
                      f"| {lambdas(config, 'lambda_generator')} | {len(runs)} "
@@ -177,9 +177,10 @@ def stages():
 
 
 def thirty():
-    """Every digit with three seeds, at the default, the earlier default and alpha 1."""
-    return side_by_side({"the default": "ddpm_sfd-mnist", "the earlier default": "ddpm_sfd-mnist-earlier",
-                         "alpha 1": "ddpm_sfd-mnist-alpha-1"})
+    """Every digit with three seeds, at the default and three defaults of before, these from the earlier teacher."""
+    return side_by_side({"the default": "ddpm_sfd-mnist", "(D), from the earlier teacher": "ddpm_sfd-mnist-earlier-teacher",
+                         "the earlier default, likewise": "ddpm_sfd-mnist-earlier",
+                         "alpha 1, likewise": "ddpm_sfd-mnist-alpha-1"})
 
 
 def alphas():
