@@ -95,7 +95,7 @@ class Config:
     steps: int = option(300, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)
     batch_size: int = option(32, "images of retained classes a step, over all processes; official: 128", low=1)
     forget_batch_size: int = option(8, "images of forgotten classes a step; official: as many as retained ones", low=1)
-    lr_generator: float = option(5e-5, "learning rate of theta (see --class-rate); official: 1e-5", low=0)
+    lr_generator: float = option(5e-5, "learning rate of theta, but for what has --class-rate; official: 1e-5", low=0)
     class_rate: float = option(16.0, "rate of theta's weights that read the class, in units of --lr-generator; with a "
                                "low rate for all others, forgetting disturbs less; our choice; official: 1", low=0)
     lr_fake_score: float = option(1.6e-3, "learning rate of psi; official: 1e-5, or 3e-5 in two stages and in plain "
@@ -111,11 +111,11 @@ class Config:
     lambda_end: float = option(0.1, "share of both lambdas that is left at the end of an exponential decay; our "
                                "choice; official: 1, constant", low=1e-6, high=1)
     t_init: int = option(440, "the noise level that the generator works at; official: 440", low=0, high=999)
-    t_min: int = option(200, "first step t of (S2) and (S3); official: 38", low=0, high=999)
+    t_min: int = option(200, "first step t of (S2) and (S3); our choice; official: 38", low=0, high=999)
     t_max: int = option(712, "upper end of t in (S2) and (S3), exclusive; official: 712", low=1, high=1000)
     ema: float = option(0.98, "decay of theta's weight average, the result; official: 0.9999", low=0, high=1)
-    ema_fake_score: float = option(0.9, "decay of psi's weight average, the f_psi of (S3), as psi itself swings from "
-                                   "step to step; our choice; official: 0, psi itself", low=0, high=1)
+    ema_fake_score: float = option(0.9, "decay of the average of psi's weights that predicts f_psi in (S3), as psi "
+                                   "swings from step to step; our choice; official: 0, psi itself", low=0, high=1)
     clip_value: float = option(1.0, "each gradient entry is clipped to +-this; 0: not; official: 1", low=0)
     clip_images: str = option("on", "clip x_g to [-1, 1] before the scores see it, as is done anyway to show it; "
                               "our choice; official: off", choices=["on", "off"])
@@ -240,7 +240,7 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
     generator = run.prepare((generator or copy.deepcopy(teacher)).train().requires_grad_(True))  # theta
     ema = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     ema_fake_score = AveragedModel(fake_score, multi_avg_fn=get_ema_multi_avg_fn(config.ema_fake_score))
-    run.prepare(ema_fake_score.eval().requires_grad_(False))  # as the teacher: only asked, without dropout
+    ema_fake_score = run.prepare(ema_fake_score.eval().requires_grad_(False))  # as the teacher: only asked
     adam = dict(betas=(0.0, 0.999), eps=1e-8, fused=run.fused)
     optimizer_psi = torch.optim.Adam(fake_score.parameters(), lr=config.lr_fake_score, **adam)
     reads, rest = by_class(generator)
@@ -277,7 +277,7 @@ def train(config, run, teacher, schedule, classes, judge=None, generator=None, f
         run.update("loss_psi", loss_psi, fake_score, optimizer_psi, config.clip_value)
         ema_fake_score.update_parameters(fake_score)
 
-        # 2. the generator moves to where teacher and fake score agree; both stand still
+        # 2. the generator moves to where teacher and fake score (by its average) agree; both stand still
         t, noise = draw_t_and_noise(x_g)
         with run.autocast():
             loss = generator_loss(

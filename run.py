@@ -264,7 +264,7 @@ class Run:
 
     def prepare(self, network):
         """The same network, sped up in place so that no name in its state changes: channels last and, with --compile,
-        compiled. A copy of it, such as the EMA, is not compiled.
+        compiled. A copy of it, such as theta's average, is not compiled.
 
         Convolutions are faster with channels last: on tensor cores, and on CPUs (twice as fast in bfloat16, slightly in
         float32). But GroupNorm on a CPU is then ten times slower, unless its groups are at least 16 channels wide."""

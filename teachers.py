@@ -25,7 +25,7 @@ def load_teacher(source):
 
 
 def read_pair(config, teacher):
-    """The generator and the fake score that theta and psi start from: in two-stage SFD, what a --forget none run left;
+    """The generator and the fake score that theta and psi start from: in two-stage SFD, what --forget none runs left;
     in one-stage SFD, None and None, since both start as copies of the teacher.
 
     ValueError if only one is given, if they are not from the same run or lack the teacher's configuration, or if their

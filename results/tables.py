@@ -156,7 +156,7 @@ def side_by_side(sets):
         config, (ratios, ua, accuracy, fid, all_three) = runs[0]["config"], aims(runs)
         uas, accuracies = [100 * run["ua"] for run in runs], [100 * run["retained_accuracy"] for run in runs]
         theta, class_rate = config["lr_generator"], config.get("class_rate", 1)  # runs from before it was an option: 1
-        rates = f"{theta:.5f}".rstrip("0") + f" ({theta * class_rate:g} for what reads the class)" * (class_rate != 1)
+        rates = f"{theta:.7f}".rstrip("0") + f" ({theta * class_rate:g} for what reads the class)" * (class_rate != 1)
         lines.append(f"| {name} | {config['steps']} | {rates}, {config['lr_fake_score']:g} "
                      f"| {config['alpha']:g} | {config['guidance']:g}; {config['guidance_safe']:g} "
                      f"| {lambdas(config, 'lambda_generator')} | {len(runs)} "
