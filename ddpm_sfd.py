@@ -103,7 +103,7 @@ class Config:
     lr_end: float = option(0.05, "share of all rates that is left at the end of a linear decay; official: 1, constant",
                            low=0, high=1)
     alpha: float = option(1.05, "alpha of (S3); official: 1.2")
-    guidance: float = option(1.06, "k of (L1), the teacher's guidance; our choice; official: 1, none", low=0)
+    guidance: float = option(1.05, "k of (L1), the teacher's guidance; our choice; official: 1, none", low=0)
     guidance_safe: float = option(1.5, "k of (L1) where the teacher is asked for the safe class; official: 1", low=0)
     lambda_generator: float = option(0.5, "lambda of (S5) for theta, at first; with 0.25 each of the 32 + 8 images "
                                      "counts alike; official: 0.01", low=0)

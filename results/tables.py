@@ -177,8 +177,9 @@ def stages():
 
 
 def thirty():
-    """Every digit with three seeds, at the default and three defaults of before, these from the earlier teacher."""
-    return side_by_side({"the default": "ddpm_sfd-mnist", "(D), from the earlier teacher": "ddpm_sfd-mnist-earlier-teacher",
+    """Every digit with three seeds, at the default, from another pair, and at three defaults of before, from the earlier teacher."""
+    return side_by_side({"the default": "ddpm_sfd-mnist", "from the pair (e)": "ddpm_sfd-mnist-longer-pair",
+                         "(D), from the earlier teacher": "ddpm_sfd-mnist-earlier-teacher",
                          "the earlier default, likewise": "ddpm_sfd-mnist-earlier",
                          "alpha 1, likewise": "ddpm_sfd-mnist-alpha-1"})
 
