@@ -73,8 +73,8 @@ OFFICIAL = ONE_STAGE | dict(  # the settings of the official code's CIFAR-10 run
 PRESETS = {
     "mnist": {},  # the defaults below: two stages, the first of which is done; weights/mnist-distilled is what it left
     "mnist-one-stage": ONE_STAGE | dict(  # there is more to learn, hence larger rates; our choice, as the defaults are
-        lr_generator=5e-4, class_rate=1.0, lr_fake_score=2e-3, lambda_generator=0.25, lambda_fake_score=0.25,
-        lambda_end=1.0, alpha=1.2, guidance=1.2, guidance_safe=1.7, t_min=100, ema_fake_score=0.0),
+        steps=300, lr_generator=5e-4, class_rate=1.0, lr_fake_score=2e-3, lambda_generator=0.25,
+        lambda_fake_score=0.25, lambda_end=1.0, alpha=1.2, guidance=1.2, guidance_safe=1.7, t_min=100, ema_fake_score=0.0),
     "cifar10": OFFICIAL | dict(teacher="cifar10.safetensors"),
     "stl10": OFFICIAL | dict(teacher="stl10.safetensors", batch_size=64, forget_batch_size=64,
                              lr_fake_score=3e-5),
@@ -92,7 +92,7 @@ class Config:
                                  "none run, a shipped name or a file; none: the teacher; official CIFAR-10 run: none")
     init_fake_score: str = option("mnist-distilled-fake-score", "where psi begins, the fake score of that run; none: "
                                   "the teacher; official CIFAR-10 run: none")
-    steps: int = option(300, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)
+    steps: int = option(400, "training steps, each one update of both networks; official CIFAR-10 run: 50,000", low=0)
     batch_size: int = option(32, "images of retained classes a step, over all processes; official: 128", low=1)
     forget_batch_size: int = option(8, "images of forgotten classes a step; official: as many as retained ones", low=1)
     lr_generator: float = option(5e-5, "learning rate of theta, but for what has --class-rate; official: 1e-5", low=0)
@@ -103,7 +103,7 @@ class Config:
     lr_end: float = option(0.05, "share of all rates that is left at the end of a linear decay; official: 1, constant",
                            low=0, high=1)
     alpha: float = option(1.05, "alpha of (S3); official: 1.2")
-    guidance: float = option(1.05, "k of (L1), the teacher's guidance; our choice; official: 1, none", low=0)
+    guidance: float = option(1.1, "k of (L1), the teacher's guidance; our choice; official: 1, none", low=0)
     guidance_safe: float = option(1.5, "k of (L1) where the teacher is asked for the safe class; official: 1", low=0)
     lambda_generator: float = option(0.5, "lambda of (S5) for theta, at first; with 0.25 each of the 32 + 8 images "
                                      "counts alike; official: 0.01", low=0)
