@@ -74,7 +74,8 @@ PRESETS = {
     "mnist": {},  # the defaults below: two stages, the first of which is done; weights/mnist-distilled is what it left
     "mnist-one-stage": ONE_STAGE | dict(  # there is more to learn, hence larger rates; our choice, as the defaults are
         steps=300, lr_generator=5e-4, class_rate=1.0, lr_fake_score=2e-3, lambda_generator=0.25,
-        lambda_fake_score=0.25, lambda_end=1.0, alpha=1.2, guidance=1.2, guidance_safe=1.7, t_min=100, ema_fake_score=0.0),
+        lambda_fake_score=0.25, lambda_end=1.0, alpha=1.2, guidance=1.2, guidance_safe=1.7, t_min=100,
+        ema_fake_score=0.0),
     "cifar10": OFFICIAL | dict(teacher="cifar10.safetensors"),
     "stl10": OFFICIAL | dict(teacher="stl10.safetensors", batch_size=64, forget_batch_size=64,
                              lr_fake_score=3e-5),

@@ -177,8 +177,9 @@ def stages():
 
 
 def thirty():
-    """Every digit with three seeds, at the default, from another pair, and at three defaults of before, from the earlier teacher."""
-    return side_by_side({"the default": "ddpm_sfd-mnist", "from the pair (e)": "ddpm_sfd-mnist-longer-pair",
+    """Every digit with three seeds: the default, the one before, another pair, and three defaults from the earlier teacher."""
+    return side_by_side({"the default": "ddpm_sfd-mnist", "(F), the default before it": "ddpm_sfd-mnist-300-steps",
+                         "nearly (F), from the pair (e)": "ddpm_sfd-mnist-longer-pair",
                          "(D), from the earlier teacher": "ddpm_sfd-mnist-earlier-teacher",
                          "the earlier default, likewise": "ddpm_sfd-mnist-earlier",
                          "alpha 1, likewise": "ddpm_sfd-mnist-alpha-1"})
